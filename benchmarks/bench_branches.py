@@ -31,7 +31,7 @@ from layertap.extraction.base import BuiltExtractor
 from layertap.extraction.claims import kept_claims
 from layertap.extraction.measure import measure_with_graph
 from layertap.extraction.pass_spec import PassSpec
-from layertap.extraction.passes import PassGuard
+from layertap.extraction.passes import PassScope
 from layertap.extraction.points import CapturePoint, PointKind
 from layertap.extraction.trial import tried
 from layertap.extraction.verify import compiled_tolerance, difference
@@ -63,7 +63,7 @@ def load(name: str, settings: Mapping[str, Any], item: tuple[int, ...] | None) -
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         loaded = load_model(ModelSpec(f"hf-config:{folder}", item_shape=item))
-    return tried(loaded, PassGuard(loaded.module))
+    return tried(loaded, PassScope(loaded.module))
 
 
 def batch(model: LoadedModel, items: int, tokens: int, mask: torch.Tensor | None) -> Batch:

@@ -216,7 +216,7 @@ def test_a_model_that_keeps_state_runs_one_pass_at_a_time() -> None:
     engine = Engine(threads=1, instances=2)
     load(engine, "keeps_state")
     host = engine.host("keeps_state")
-    assert not host.catalogue.guard.rules.concurrent
+    assert not host.catalogue.scope.rules.concurrent
     module = host.model.module
     inputs = [np.full((1, *ITEM), value, np.float32) for value in range(8)]
     truth = [outputs_of(module, torch.from_numpy(x), "tail")[0] for x in inputs]
@@ -283,7 +283,7 @@ def test_a_model_over_the_budget_is_not_compiled_beside_requests() -> None:
 def test_most_models_keep_no_state(engine) -> None:
     """Models without state are not restricted."""
     load(engine, "residual")
-    assert engine.host("residual").catalogue.guard.rules == PassRules()
+    assert engine.host("residual").catalogue.scope.rules == PassRules()
 
 
 def test_plans_of_a_model_that_keeps_state_are_built_in_its_turn() -> None:

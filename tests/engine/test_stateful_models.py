@@ -130,7 +130,7 @@ def test_what_can_not_be_put_back_is_reported(engine: Engine) -> None:
     """The model's passes run to their end, by HOOK only, and the catalogue says stateful."""
     load(engine, "Cycles")
     catalogue = engine.host("Cycles").catalogue
-    rules = catalogue.guard.rules
+    rules = catalogue.scope.rules
     assert rules.state is KeptState.KEPT
     assert not any((rules.early_stop, rules.concurrent, rules.shared))
     assert any("answers may depend on earlier requests" in note for note in rules.notes)
@@ -153,13 +153,13 @@ def test_a_stateful_model_answers_as_the_calls_of_a_plain_module_do(engine: Engi
 def test_state_that_only_other_sizes_show_is_put_back_too(engine: Engine) -> None:
     """The rules become stricter when a pass of another size is seen to write state."""
     load(engine, "Grows")
-    guard = engine.host("Grows").catalogue.guard
+    scope = engine.host("Grows").catalogue.scope
     x = np.ones((1, 3, 24, 24), np.float32)
     expected = fresh("Grows", "out", x)
     for _ in range(3):
         value = asking.ask(engine, "Grows", "out", x, Extractor.HOOK).torch()["out"]
         assert torch.allclose(value, expected, atol=1e-5)
-    assert guard.rules.state is KeptState.RESET
+    assert scope.rules.state is KeptState.RESET
 
 
 @pytest.mark.usefixtures("factories")

@@ -102,13 +102,13 @@ def test_a_model_that_replaces_functions_of_torch_runs_alone() -> None:
             order.append("other model")
 
     with torch.inference_mode():
-        guard = measure(model).guard
-        assert guard.rules.exclusive
-        assert not guard.rules.concurrent
-        assert "no pass of any model runs at the same time" in guard.rules.notes[0]
+        scope = measure(model).scope
+        assert scope.rules.exclusive
+        assert not scope.rules.concurrent
+        assert "no pass of any model runs at the same time" in scope.rules.notes[0]
         late = threading.Thread(target=other)
         point = CapturePoint(PointKind.MODULE, "first")
-        with forward_passes(), guard:
+        with forward_passes(), scope:
             late.start()
             late.join(0.1)
             Taps(model.module).run(

@@ -213,7 +213,7 @@ def test_watching_for_looks_changes_no_claim() -> None:
 def test_what_a_model_keeps_is_seen(net) -> None:
     """In attributes, in buffers written in place, and in containers of constant length."""
     catalogue = measure(load_model(ModelSpec(f"oddnets:{net}", item_shape=ITEM)))
-    assert catalogue.guard.rules.state is KeptState.RESET
+    assert catalogue.scope.rules.state is KeptState.RESET
 
 
 def test_what_a_program_keeps_is_seen() -> None:
@@ -232,7 +232,7 @@ def test_what_a_program_keeps_is_seen() -> None:
         signature = Signature((InputSpec(ITEM, free=(1, 2), name="x"),))
         return measure(
             LoadedModel("net", "", "", module, torch.device("cpu"), signature)
-        ).guard.rules.state
+        ).scope.rules.state
 
     assert kept(script(Keeps())) is KeptState.RESET
     assert kept(script(nn.Conv2d(3, 4, 1).eval())) is KeptState.NONE

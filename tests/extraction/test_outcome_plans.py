@@ -14,7 +14,7 @@ from layertap.extraction import CapturePoint, Plan, PlanBuilder, PointKind, Taps
 from layertap.extraction.guards import GuardTree
 from layertap.extraction.kinds import torchscript
 from layertap.extraction.pass_spec import PassSpec
-from layertap.extraction.passes import PassGuard
+from layertap.extraction.passes import PassScope
 from layertap.extraction.plan_cache import PlanCache
 from layertap.extraction.proof import collect
 from layertap.extraction.trial import tried
@@ -30,7 +30,7 @@ OUTCOMES = [("True",), ("False",)]
 def loaded(net: str, item: tuple[int, ...] = IMAGE) -> LoadedModel:
     model = load_model(ModelSpec(f"guardnets:{net}", item_shape=item))
     with torch.inference_mode():
-        return tried(model, PassGuard(model.module))
+        return tried(model, PassScope(model.module))
 
 
 def builder_of(model: LoadedModel, cache: PlanCache | None = None) -> PlanBuilder:

@@ -13,7 +13,7 @@ from layertap.extraction import CapturePoint, PlanBuilder, PointKind, Taps, meas
 from layertap.extraction.kinds.torchscript import _in_unit_of_its_own
 from layertap.extraction.packed_linears import pack_linears
 from layertap.extraction.pass_spec import PassSpec
-from layertap.extraction.passes import PassGuard
+from layertap.extraction.passes import PassScope
 from layertap.extraction.trial import tried
 from layertap.models import ModelSpec, load_model
 from layertap.selection import Extractor
@@ -161,7 +161,7 @@ def test_freed_weights_are_not_taken_for_later_ones() -> None:
 def test_the_plans_of_two_outcomes_share_packed_weights() -> None:
     """Compiled plans are packed for one item, and those of one model pack its weights once."""
     model = load_model(ModelSpec("guardnets:plain_words", item_shape=(8,)))
-    model = tried(model, PassGuard(model.module))
+    model = tried(model, PassScope(model.module))
     builder = PlanBuilder(model, Taps(model.module), measure(model))
     spec = PassSpec((CapturePoint(PointKind.MODULE, "head"),))
     key = model.signature.key

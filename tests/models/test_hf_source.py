@@ -72,9 +72,9 @@ def test_another_models_entry_in_a_table_of_transformers_is_no_state(tmp_path: P
         registry.pop(key, None)
         hfnets.built("GPT2Model", vocab_size=64, n_embd=32, n_layer=1, n_head=4, n_positions=40)
         assert key in registry
-        assert model.host.catalogue.guard.snapshot.deep_changes() == []
+        assert model.host.catalogue.scope.snapshot.deep_changes() == []
         model.extract(IDS.repeat(3, 1), "encoder.layer.0", extractor="torchscript")
-        assert model.host.catalogue.guard.rules.state is KeptState.NONE
+        assert model.host.catalogue.scope.rules.state is KeptState.NONE
         assert key in registry
 
 

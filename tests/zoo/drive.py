@@ -348,7 +348,7 @@ class _Drive:
         self._claims = _chosen(_claims(host), grid)
         self._host = host
         self._lock = threading.Lock()
-        report.notes.update(host.catalogue.notes, host.catalogue.guard.rules.notes)
+        report.notes.update(host.catalogue.notes, host.catalogue.scope.rules.notes)
         for entry in host.catalogue:
             if entry.calls:
                 report.layers.add(entry.name)

@@ -51,7 +51,7 @@ def describe(host: ModelHost, *, fingerprint: bool = False) -> ModelDescription:
 
 def summarize(host: ModelHost) -> ModelDescription:
     """Describe a loaded model without its layers."""
-    model, rules = host.model, host.catalogue.guard.rules
+    model, rules = host.model, host.catalogue.scope.rules
     return ModelDescription(
         name=model.name,
         source=model.source,

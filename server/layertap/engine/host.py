@@ -32,7 +32,7 @@ from layertap.extraction.kinds.registry import KINDS, REFERENCE, kind_of
 from layertap.extraction.measure import measure_with_graph
 from layertap.extraction.padding import TokenAxis
 from layertap.extraction.padding_proof import PaddingFindings
-from layertap.extraction.passes import KeptState, PassGuard
+from layertap.extraction.passes import KeptState, PassScope
 from layertap.extraction.plan import Plan, PlanKey, quoted
 from layertap.extraction.plan_builder import PlanBuilder
 from layertap.extraction.plan_cache import PlanCache, fingerprint
@@ -141,17 +141,17 @@ class ModelHost:
         again: Callable[[], LoadedModel] | None = None,
     ) -> None:
         call = call or Call()
-        guard = compute.run(lambda: PassGuard(model.module), call)
-        self.model = model = compute.run(lambda: tried(model, guard), call)
+        scope = compute.run(lambda: PassScope(model.module), call)
+        self.model = model = compute.run(lambda: tried(model, scope), call)
         self.preparing = preparing or compute
         self.options = options or HostOptions()
         self.declared: list[LayerSelection] = []
         self.weight_bytes = model.weight_bytes()
         self.compute = compute
         self._taps = Taps(model.module)
-        self.catalogue = self._measured(model, guard, call)
+        self.catalogue = self._measured(model, scope, call)
         proving = None
-        if again is not None and guard.rules.state is KeptState.KEPT:
+        if again is not None and scope.rules.state is KeptState.KEPT:
             fresh = compute.run(lambda: _fresh(model, again), call)
             if fresh is not None:
                 proving = model, self._taps
@@ -159,7 +159,7 @@ class ModelHost:
                 model = fresh
         self.staging = compute.run(lambda: proven_staging(model.device), call)
         self._checkpoints = Checkpoints(model.module, self.catalogue)
-        for note in self.catalogue.guard.rules.notes:
+        for note in self.catalogue.scope.rules.notes:
             _log.warning("model %s: %s", model.name, note)
         if self.catalogue.non_finite:
             _log.warning(
@@ -475,12 +475,12 @@ class ModelHost:
 
         return Lengths(axis, self.catalogue, prove, names_of_texts(self.model), call)
 
-    def _measured(self, model: LoadedModel, guard: PassGuard, call: Call) -> Catalogue:
+    def _measured(self, model: LoadedModel, scope: PassScope, call: Call) -> Catalogue:
         """Return a model's catalogue, with all its claims tested.
 
         This is done in steps, and requests for other models run between them.
         """
-        measured = self.compute.run(lambda: measure_with_graph(model, guard), call)
+        measured = self.compute.run(lambda: measure_with_graph(model, scope), call)
         steps = kept_claims(model, *measured)
         catalogue: Catalogue | None = None
         while catalogue is None:

@@ -33,7 +33,7 @@ def check_changeable(model: LoadedModel, catalogue: Catalogue, extractor: Extrac
         raise ExtractorUnsupportedError(
             f"{extractor.name} can't apply interventions; extractors that can: {', '.join(able)}"
         )
-    if catalogue.guard.rules.state is KeptState.KEPT:
+    if catalogue.scope.rules.state is KeptState.KEPT:
         raise ExtractorUnsupportedError(
             f"interventions on model {model.name!r}: the model keeps state that can't be restored "
             f"after each pass, so a change would show in later requests"

@@ -84,7 +84,7 @@ def check_differentiable(model: LoadedModel, catalogue: Catalogue, extractor: Ex
             f"{extractor.name} can't compute gradients; extractors that can: {', '.join(able)}"
         )
     reason = ""
-    if catalogue.guard.rules.state is KeptState.KEPT:
+    if catalogue.scope.rules.state is KeptState.KEPT:
         reason = "the model keeps state that can't be restored after each pass"
     elif model.differentiates:
         reason = "the model differentiates inside its own forward"

@@ -207,7 +207,7 @@ def _alone(why: str) -> ModelRunError:
 
 def _abandonable(host: ModelHost, calls: Sequence[Call]) -> AbstractContextManager[object]:
     """Return a block whose passes are abandoned once no call waits, if they may end early."""
-    return checked(abandoning(calls)) if host.catalogue.guard.rules.early_stop else nullcontext()
+    return checked(abandoning(calls)) if host.catalogue.scope.rules.early_stop else nullcontext()
 
 
 def _sink(work: Work[Any]) -> Sink:

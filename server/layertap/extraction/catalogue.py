@@ -11,7 +11,7 @@ from functools import cached_property
 from layertap.errors import LayerNotFoundError
 from layertap.extraction.kinds.base import Verdict
 from layertap.extraction.layout import Geometry
-from layertap.extraction.passes import PassGuard
+from layertap.extraction.passes import PassScope
 from layertap.extraction.points import CapturePoint, PointKind, ValueSpec
 from layertap.extraction.survey import LooksSurvey
 from layertap.extraction.symbolic import GraphNames
@@ -104,7 +104,7 @@ class Catalogue:
         graph: The node names of the symbolic graph; None if the model can't be traced symbolically.
         key: The inputs, and the sizes of their items, at which the model was measured.
         mutates_input: Whether the model writes into the batch that it is given.
-        guard: Has the rules for passes of the model; every pass must hold it.
+        scope: Has the rules for passes of the model; every pass runs in it.
         non_finite: The first layer that returned NaN or infinity when it was measured; empty if
             none did.
         notes: Facts about the model that no single layer's entry states, as sentences: arguments
@@ -119,7 +119,7 @@ class Catalogue:
     graph: GraphNames | None
     key: BatchKey
     mutates_input: bool
-    guard: PassGuard
+    scope: PassScope
     non_finite: str = ""
     notes: tuple[str, ...] = ()
     looks: LooksSurvey = field(default_factory=LooksSurvey)

@@ -37,7 +37,7 @@ from layertap.extraction.kinds.registry import KINDS
 from layertap.extraction.obstacles import UNREPEATED
 from layertap.extraction.out_of_memory import is_out_of_memory
 from layertap.extraction.own_words import own_words
-from layertap.extraction.passes import PassGuard
+from layertap.extraction.passes import PassScope
 from layertap.extraction.points import CapturePoint, PointKind
 from layertap.extraction.samples import (
     bytes_batch,
@@ -116,7 +116,7 @@ class _Trial:
     def __init__(self, model: LoadedModel, catalogue: Catalogue) -> None:
         self._model = model
         self._catalogue = catalogue
-        self._guard: PassGuard = catalogue.guard
+        self._scope: PassScope = catalogue.scope
 
     def run(self, trace: Trace | None) -> Generator[None, None, dict[Extractor, _Found]]:
         """Test every claim in steps; return what was found about each extractor."""
@@ -159,7 +159,7 @@ class _Trial:
         """Return how a pass on a batch uses its values; empty if the model was seen to use none."""
         if not self._catalogue.looks.looked:
             return LooksSurvey()
-        with self._guard:
+        with self._scope:
             return survey_looks(self._model, x)
 
     def _cases(
@@ -172,7 +172,7 @@ class _Trial:
         def add(x: Batch | None, *, ordinary: bool = False) -> bool:
             if x is None:
                 return False
-            case = run_case(model, self._guard, x, steps, ordinary=ordinary)
+            case = run_case(model, self._scope, x, steps, ordinary=ordinary)
             cases.extend([(case, self._looks(x))] if case else [])
             return case is not None
 
@@ -227,7 +227,7 @@ class _Trial:
                             )
 
                 try:
-                    with self._guard:
+                    with self._scope:
                         extractor.run(case.x.clone(), compare)
                 except Exception as error:
                     if is_out_of_memory(error):
@@ -313,7 +313,7 @@ class _Trial:
     ) -> Generator[None, None, Faults]:
         # Not the taps for requests: the hooks of this trial would slow down their passes.
         taps = Taps(self._model.module)
-        context = BuildContext(self._model, taps, self._guard, self._catalogue.graph)
+        context = BuildContext(self._model, taps, self._scope, self._catalogue.graph)
         try:
             return (yield from CompileTrial(context, kind, steps, example, cases).faults(points))
         finally:

@@ -34,7 +34,7 @@ from layertap.extraction.obstacles import SOMETIMES
 from layertap.extraction.out_of_memory import is_out_of_memory
 from layertap.extraction.own_words import compiler_words, own_words
 from layertap.extraction.pass_spec import PassSpec
-from layertap.extraction.passes import PassGuard
+from layertap.extraction.passes import PassScope
 from layertap.extraction.points import CapturePoint
 from layertap.extraction.samples import ordinary_batch
 from layertap.models import Batch, LoadedModel
@@ -92,7 +92,7 @@ class Case:
 
 def run_case(
     model: LoadedModel,
-    guard: PassGuard,
+    scope: PassScope,
     x: Batch,
     steps: Mapping[CapturePoint, int],
     *,
@@ -102,15 +102,15 @@ def run_case(
 
     Args:
         model: The model.
-        guard: The model's guard.
+        scope: The model's scope.
         x: The batch; it is not changed.
         steps: The distance between the elements that are compared, for each point.
         ordinary: See Case.
     """
     try:
-        with guard:
+        with scope:
             digested = digest_pass(model, x, steps)
-            guard.learn(model.name)
+            scope.learn(model.name)
     except Exception as error:
         if is_out_of_memory(error):
             raise
@@ -306,7 +306,7 @@ class CompileTrial:
         cases = [case for case in self._cases if not case.astray]
         if len(cases) == len(self._cases):
             x = ordinary_batch(model, LARGER)
-            larger = run_case(model, self._context.guard, x, self._steps, ordinary=True)
+            larger = run_case(model, self._context.scope, x, self._steps, ordinary=True)
             cases.extend([larger] if larger else [])
         yield
         try:
@@ -334,7 +334,7 @@ class CompileTrial:
         for point in points:
             self._context.taps.install(point.path, point.capture)
         try:
-            with self._context.guard:
+            with self._context.scope:
                 return self._kind.compile(self._context, PassSpec(tuple(points)), example, compared)
         except Exception as error:
             _log.info("model %s can't be compiled", self._context.model.name, exc_info=True)

@@ -68,7 +68,7 @@ class EditPlanner:
     """Builds the plans with interventions of one model.
 
     Args:
-        context: The model, its taps and guard.
+        context: The model, its taps and scope.
         prover: Runs the model for its plain values.
         catalogue: The model's catalogue.
         plain: Builds a plan without interventions, in steps.
@@ -165,7 +165,7 @@ class _Trial:
     """The trial of one pass spec with interventions; see Note [What interventions are tried for].
 
     Args:
-        context: The model, its taps and guard.
+        context: The model, its taps and scope.
         prover: Runs the model for its plain values.
         key: What the plan is for.
         known: The type and shape of each value that the pass needs.
@@ -220,14 +220,14 @@ class _Trial:
         def keep(index: int, value: torch.Tensor) -> None:
             found[index] = value.clone()
 
-        with self._context.guard as guard:
+        with self._context.scope as scope:
             self._context.taps.run(
                 self._context.model.forward,
                 x.clone(),
                 self._asked,
                 keep,
-                to_end=not guard.rules.early_stop,
-                own_threads=guard.rules.own_threads,
+                to_end=not scope.rules.early_stop,
+                own_threads=scope.rules.own_threads,
                 edits=edits,
                 watches=watches,
             )

@@ -38,7 +38,7 @@ class EditedExtractor:
     """Runs the model with its taps, which change values and capture others.
 
     Args:
-        context: The model, its taps and guard.
+        context: The model, its taps and scope.
         points: The values to capture.
         specs: Their dtypes and shapes.
         sets: The number of sets of interventions; 1 without sets.
@@ -90,14 +90,14 @@ class EditedExtractor:
     ) -> None:
         """Run a pass without reporting."""
         edits, watches = changes.edits(rows, expand=expand)
-        with self._context.guard as guard:
+        with self._context.scope as scope:
             self._context.taps.run(
                 self._context.model.forward,
                 x,
                 self.points,
                 sink,
-                to_end=not guard.rules.early_stop,
-                own_threads=guard.rules.own_threads,
+                to_end=not scope.rules.early_stop,
+                own_threads=scope.rules.own_threads,
                 edits=edits,
                 watches=watches,
             )

@@ -46,7 +46,7 @@ class GradientPlanner:
     """Builds the plans with gradients of one model.
 
     Args:
-        context: The model, its taps and guard.
+        context: The model, its taps and scope.
         prover: Runs the model for its plain values.
         place: Adds what the catalogue knows of a value's layout to its type and shape.
     """
@@ -104,7 +104,7 @@ class _Trial:
     """The trial of one pass spec with gradients.
 
     Args:
-        context: The model, its taps and guard.
+        context: The model, its taps and scope.
         prover: The prover of its plans.
         key: What the plan is for.
         values: The type and shape of each value of a module that the pass needs.

@@ -131,7 +131,7 @@ class GradientExtractor:
     """Runs the model with its taps, then autograd from the objective to the requested values.
 
     Args:
-        context: The model, its taps and guard.
+        context: The model, its taps and scope.
         pass_spec: What to capture; it has an objective.
         shapes: What its passes work on.
         keeps_saved: Whether saved values are copied before they change; see Note [Saved values
@@ -242,16 +242,20 @@ class GradientExtractor:
     def _one(self, one: _Pass, x: Batch) -> _Pass:
         """Run a pass forwards and backwards."""
         keeping = _keeping_saved() if self._keeps_saved else nullcontext()
-        guarding = self._context.guard
-        with guarding as guard, torch.inference_mode(False), torch.enable_grad(), keeping:
+        with (
+            self._context.scope as scope,
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            keeping,
+        ):
             edits, watches = one.edits()
             self._context.taps.run(
                 self._context.model.forward,
                 one.marked_inputs(x),
                 one.watched,
                 one.see,
-                to_end=not guard.rules.early_stop,
-                own_threads=guard.rules.own_threads,
+                to_end=not scope.rules.early_stop,
+                own_threads=scope.rules.own_threads,
                 edits=edits,
                 watches=watches,
                 raw=True,

@@ -23,7 +23,7 @@ from layertap.extraction.layout import Geometry
 from layertap.extraction.measurement import MeasuredGraph, Measurement
 from layertap.extraction.names import LayerNames
 from layertap.extraction.own_words import own_words
-from layertap.extraction.passes import KeptState, PassGuard, survey_passes
+from layertap.extraction.passes import KeptState, PassScope, survey_passes
 from layertap.extraction.points import CapturePoint, Dim, PointKind, ValueSpec
 from layertap.extraction.samples import (
     bytes_batch,
@@ -62,13 +62,13 @@ _MAX_NAMED = 5
 """Layers that a note lists by name."""
 
 
-def measure(model: LoadedModel, guard: PassGuard | None = None) -> Catalogue:
+def measure(model: LoadedModel, scope: PassScope | None = None) -> Catalogue:
     """Return the catalogue from ``measure_with_graph``."""
-    return measure_with_graph(model, guard)[0]
+    return measure_with_graph(model, scope)[0]
 
 
 def measure_with_graph(
-    model: LoadedModel, guard: PassGuard | None = None
+    model: LoadedModel, scope: PassScope | None = None
 ) -> tuple[Catalogue, Trace | None]:
     """Run a freshly loaded model, and record its layers and the rules for its passes.
 
@@ -76,8 +76,8 @@ def measure_with_graph(
 
     Args:
         model: The model.
-        guard: The guard that has kept the loaded state, if the model has run before; else a new
-            guard is made.
+        scope: The scope that has kept the loaded state, if the model has run before; else a new
+            scope is made.
 
     Returns:
         The catalogue, whose claims are not tested yet (see ``claims``), and the symbolic graph;
@@ -86,48 +86,48 @@ def measure_with_graph(
     Raises:
         ModelLoadError: If the model can't run on sample input of its own signature.
     """
-    guard = guard or PassGuard(model.module)
-    one, two = _run_twice(model, guard)
+    scope = scope or PassScope(model.module)
+    one, two = _run_twice(model, scope)
     reference = one.values
     x = ordinary_batch(model, 1)
-    with guard:
+    with scope:
         looks = survey_looks(model, x)
-    others = _survey_with_optional(model, guard)
+    others = _survey_with_optional(model, scope)
     if looks.looked:
-        others += _survey_others(model, guard)
+        others += _survey_others(model, scope)
     walk: dict[str, str] = {}
     if len(model.signature.inputs) == 1:
         straight = straight_children(model.module, looks)
-        with guard:
+        with scope:
             walk = survey_walk(model, x, reference, straight)
-    graph = _survey_graph(model, reference, guard)
+    graph = _survey_graph(model, reference, scope)
     specs = {**_sometimes(model, one, others), **_specs(one, two.shapes)}
-    with guard:
+    with scope:
         specs = _in_order(model, specs, reference, x)
-    towers = _survey_towers(model, one, guard)
-    specs, graph = _placed(model, specs, graph, guard)
-    specs.update(placed_in_towers(model, towers, specs, guard))
-    specs, graph = _sized(model, specs, graph, guard)
-    with guard:
+    towers = _survey_towers(model, one, scope)
+    specs, graph = _placed(model, specs, graph, scope)
+    specs.update(placed_in_towers(model, towers, specs, scope))
+    specs, graph = _sized(model, specs, graph, scope)
+    with scope:
         # The passes on other input and other sizes may have reached code that writes state.
-        guard.learn(model.name)
+        scope.learn(model.name)
     findings = Measurement(
         model=model,
         specs=specs,
         walk=walk,
         graph=graph,
         looks=looks,
-        random=_random(model, [one, two, *others], x, guard),
+        random=_random(model, [one, two, *others], x, scope),
         order=_order([one, *others]),
         varying=_varying([one, *others]),
         sometimes=_not_always([one, *others]),
         names=LayerNames(model.module),
         unsendable=_unsendable([one, *others]),
         threaded=one.threaded | two.threaded,
-        rules=guard.rules,
+        rules=scope.rules,
     )
     entries = {entry.name: entry for entry in _module_entries(findings)}
-    for entry in _weightless_entries(findings, x, guard):
+    for entry in _weightless_entries(findings, x, scope):
         entries.setdefault(entry.name, entry)
     for entry in _node_entries(findings):
         entries.setdefault(entry.name, entry)
@@ -138,7 +138,7 @@ def measure_with_graph(
         findings.graph.names,
         key=model.signature.key,
         mutates_input=one.mutated_input,
-        guard=guard,
+        scope=scope,
         non_finite=_first_non_finite(entries, reference),
         notes=tuple(_notes(findings, entries)),
         looks=looks,
@@ -148,17 +148,17 @@ def measure_with_graph(
     return catalogue, findings.graph.trace
 
 
-def _survey_with_optional(model: LoadedModel, guard: PassGuard) -> list[HookSurvey]:
+def _survey_with_optional(model: LoadedModel, scope: PassScope) -> list[HookSurvey]:
     """Run a model with its optional inputs too, because other modules may run then."""
     signature = model.signature
     if signature.whole_key == signature.key:
         return []
-    with guard:
+    with scope:
         return [survey_hooks(model, ordinary_batch(model, 1, signature.whole_key))]
 
 
 def _survey_towers(
-    model: LoadedModel, one: HookSurvey, guard: PassGuard
+    model: LoadedModel, one: HookSurvey, scope: PassScope
 ) -> dict[Tower, frozenset[CapturePoint]]:
     if not model.signature.towers:
         return {}
@@ -166,18 +166,18 @@ def _survey_towers(
     seen = [(ordinary_batch(model, 1), one)]
     if whole_key != model.signature.key:
         whole = ordinary_batch(model, 1, whole_key)
-        with guard:
+        with scope:
             seen.append((whole, survey_hooks(model, whole, keep_values=True)))
-    return survey_towers(model, seen, guard)
+    return survey_towers(model, seen, scope)
 
 
-def _survey_others(model: LoadedModel, guard: PassGuard) -> list[HookSurvey]:
+def _survey_others(model: LoadedModel, scope: PassScope) -> list[HookSurvey]:
     """Run a model that looks at values on other input too, which may run other modules."""
     surveys = []
     for x in (wide_batch(model, 1), bytes_batch(model), *reaching_batches(model)):
         if x is not None:
             # A model may refuse such input; its error does not matter here.
-            with suppress(Exception), guard:
+            with suppress(Exception), scope:
                 surveys.append(survey_hooks(model, x))
     return surveys
 
@@ -223,7 +223,7 @@ def _not_always(surveys: Sequence[HookSurvey]) -> set[CapturePoint]:
 
 
 def _random(
-    model: LoadedModel, surveys: Sequence[HookSurvey], x: Batch, guard: PassGuard
+    model: LoadedModel, surveys: Sequence[HookSurvey], x: Batch, scope: PassScope
 ) -> set[CapturePoint]:
     """Return the points whose values depend on random numbers, for some input at least.
 
@@ -231,8 +231,8 @@ def _random(
     random numbers, so its pass is not repeated.
     """
     found: set[CapturePoint] = set().union(*(survey.random for survey in surveys))
-    if guard.rules.state is not KeptState.KEPT:
-        with guard:
+    if scope.rules.state is not KeptState.KEPT:
+        with scope:
             found |= survey_repeat(model, x, surveys[0].values)
     return found
 
@@ -314,9 +314,9 @@ def _first_non_finite(
     return next((names[point] for point in bad if point in names), "")
 
 
-def _run_twice(model: LoadedModel, guard: PassGuard) -> tuple[HookSurvey, HookSurvey]:
+def _run_twice(model: LoadedModel, scope: PassScope) -> tuple[HookSurvey, HookSurvey]:
     try:
-        return survey_passes(model, guard)
+        return survey_passes(model, scope)
     except Exception as error:
         raise ModelLoadError(
             f"model {model.name!r} fails on random input of {model.signature.key}: "
@@ -335,7 +335,7 @@ def _specs(one: HookSurvey, two: Mapping[CapturePoint, Shape]) -> dict[CapturePo
 
 
 def _survey_graph(
-    model: LoadedModel, reference: Mapping[CapturePoint, torch.Tensor], guard: PassGuard
+    model: LoadedModel, reference: Mapping[CapturePoint, torch.Tensor], scope: PassScope
 ) -> MeasuredGraph:
     if isinstance(model.module, torch.jit.ScriptModule):
         return MeasuredGraph(reason="a TorchScript program can't be traced symbolically")
@@ -348,8 +348,8 @@ def _survey_graph(
         return MeasuredGraph(reason=reason)
     try:
         graph = trace(model)
-        one = survey_fx(graph, ordinary_batch(model, 1), reference, guard)
-        two = survey_fx(graph, ordinary_batch(model, 2), {}, guard).shapes
+        one = survey_fx(graph, ordinary_batch(model, 1), reference, scope)
+        two = survey_fx(graph, ordinary_batch(model, 2), {}, scope).shapes
     except Exception as error:  # noqa: BLE001 - tracing runs model code, which may raise anything
         _log.info("model %s can't be traced symbolically", model.name, exc_info=True)
         return MeasuredGraph(reason=f"the model can't be traced symbolically: {own_words(error)}")
@@ -406,11 +406,11 @@ def _node(name: str) -> CapturePoint:
 
 
 def _placed(
-    model: LoadedModel, specs: dict[CapturePoint, ValueSpec], graph: MeasuredGraph, guard: PassGuard
+    model: LoadedModel, specs: dict[CapturePoint, ValueSpec], graph: MeasuredGraph, scope: PassScope
 ) -> tuple[dict[CapturePoint, ValueSpec], MeasuredGraph]:
     """Return the specs of modules and of nodes, with what is known about their layouts."""
     nodes = {_node(name): spec for name, spec in graph.specs.items()}
-    found = survey_grids(model, {**specs, **nodes}, guard, partial(graph.shapes, guard))
+    found = survey_grids(model, {**specs, **nodes}, scope, partial(graph.shapes, scope))
 
     def placed(point: CapturePoint, spec: ValueSpec) -> ValueSpec:
         return replace(spec, geometry=found[point]) if point in found else spec
@@ -422,16 +422,16 @@ def _placed(
 
 
 def _sized(
-    model: LoadedModel, specs: dict[CapturePoint, ValueSpec], graph: MeasuredGraph, guard: PassGuard
+    model: LoadedModel, specs: dict[CapturePoint, ValueSpec], graph: MeasuredGraph, scope: PassScope
 ) -> tuple[dict[CapturePoint, ValueSpec], MeasuredGraph]:
     """Return the specs of modules and nodes with how their sizes follow those of the inputs."""
-    if model.takes_list or guard.rules.state is KeptState.KEPT:
+    if model.takes_list or scope.rules.state is KeptState.KEPT:
         # The sizes of a list's members are not those of the activations, and each pass of a
         # stateful model may change the next one.
         return specs, graph
     nodes = {_node(name): spec for name, spec in graph.specs.items()}
     both = {**specs, **nodes}
-    found = survey_sizes(model, model.signature.key, both, guard, partial(graph.shapes, guard))
+    found = survey_sizes(model, model.signature.key, both, scope, partial(graph.shapes, scope))
 
     def sized(point: CapturePoint, spec: ValueSpec) -> ValueSpec:
         return spec.following(found[point]) if point in found else spec
@@ -573,14 +573,14 @@ def _first_member(path: str, call: int, findings: Measurement) -> str:
     )
 
 
-def _weightless_entries(findings: Measurement, x: Batch, guard: PassGuard) -> Iterator[LayerEntry]:
+def _weightless_entries(findings: Measurement, x: Batch, scope: PassScope) -> Iterator[LayerEntry]:
     """Yield a layer for the attention weights of each module that can't return them."""
     modules = dict(findings.model.module.named_modules())
     # A pass is not worth it if no name suggests attention.
     if not any("att" in f"{path}.{_class_name(each)}".lower() for path, each in modules.items()):
         return
     calls = Counter(path for path, _ in findings.order)
-    with guard:
+    with scope:
         fused = survey_fused(findings.model, x)
     for path in sorted(fused):
         reason = TOO_LARGE if returns_weights(modules[path]) else FUSED

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from layertap.extraction.names import LayerNames
-from layertap.extraction.passes import PassGuard, PassRules
+from layertap.extraction.passes import PassRules, PassScope
 from layertap.extraction.points import CapturePoint, PointKind, ValueSpec
 from layertap.extraction.survey import LooksSurvey
 from layertap.extraction.symbolic import GraphNames, Trace
@@ -40,7 +40,7 @@ class MeasuredGraph:
     astray: str = ""
     trace: Trace | None = None
 
-    def shapes(self, guard: PassGuard, x: Batch) -> dict[CapturePoint, tuple[int, ...]]:
+    def shapes(self, scope: PassScope, x: Batch) -> dict[CapturePoint, tuple[int, ...]]:
         """Return, for a batch, the shape of every node that calls no module."""
         if self.trace is None:
             return {}
@@ -51,7 +51,7 @@ class MeasuredGraph:
             if names[index] in self.specs:
                 shapes[CapturePoint(PointKind.NODE, names[index])] = tuple(value.shape)
 
-        with guard:
+        with scope:
             self.trace.whole.run(x.clone(), see)
         return shapes
 

@@ -138,7 +138,7 @@ class Outcomes:
         """
         context, steps = self._context, list[str]()
         x = x.map(lambda tensor: tensor.clone(memory_format=torch.contiguous_format))
-        with context.guard as guard:
+        with context.scope as scope:
             tape = Tape(context.model.module, x)
             with watch_looks(context.model.module, x.tensors, tape) as looks:
 
@@ -153,7 +153,7 @@ class Outcomes:
                         x,
                         pass_spec.points,
                         see,
-                        to_end=not guard.rules.early_stop,
+                        to_end=not scope.rules.early_stop,
                     )
                 except ModelRunError:
                     raise

@@ -106,7 +106,7 @@ def prove_padding(
     axis = TokenAxis.of(context.model)
     if axis is None:
         return _refused(served, "its inputs are no token ids of free length")
-    if not context.guard.rules.shared:
+    if not context.scope.rules.shared:
         return _refused(served, "its passes can't be shared")
     axes, refusals = dict[CapturePoint, tuple[int, ...]](), dict[CapturePoint, str]()
     for point in served:

@@ -44,7 +44,7 @@ from layertap.extraction.writes import each_line
 from layertap.models import Batch, LoadedModel
 from layertap.selection import Capture
 
-__all__ = ["GuardedExtractor", "KeptState", "PassGuard", "PassRules", "survey_passes"]
+__all__ = ["KeptState", "PassRules", "PassScope", "ScopedExtractor", "survey_passes"]
 
 _log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ _UNKNOWN = PassRules(early_stop=False, concurrent=False, shared=False, state=Kep
 """The rules until a model has been watched."""
 
 
-class PassGuard:
+class PassScope:
     """A context that every forward pass of a model runs in. It enforces the model's rules.
 
     Entering it waits for passes that may not run at the same time. Leaving it restores the state.
@@ -125,7 +125,7 @@ class PassGuard:
         self._alone = False
         self._mine = threading.local()
 
-    def __enter__(self) -> PassGuard:
+    def __enter__(self) -> PassScope:
         """Wait for this pass's turn."""
         depth = self._mine.depth = getattr(self._mine, "depth", 0) + 1
         if depth > 1:
@@ -206,21 +206,21 @@ class PassGuard:
             _log.warning("model %s: %s", name, note)
 
 
-class GuardedExtractor:
-    """An extractor that runs the model's modules, each pass inside the model's guard.
+class ScopedExtractor:
+    """An extractor that runs the model's modules, each pass inside the model's scope.
 
     Args:
         built: The extractor.
-        guard: The model's guard.
+        scope: The model's scope.
     """
 
-    def __init__(self, built: BuiltExtractor, guard: PassGuard) -> None:
+    def __init__(self, built: BuiltExtractor, scope: PassScope) -> None:
         self._built = built
-        self._guard = guard
+        self._scope = scope
 
     def run(self, x: Batch, sink: Sink) -> None:
         """See BuiltExtractor."""
-        with self._guard:
+        with self._scope:
             self._built.run(x, sink)
 
 
@@ -254,7 +254,7 @@ class _Seen:
             self.changes.setdefault(change.path, change)
 
 
-def survey_passes(model: LoadedModel, guard: PassGuard) -> tuple[HookSurvey, HookSurvey]:
+def survey_passes(model: LoadedModel, scope: PassScope) -> tuple[HookSurvey, HookSurvey]:
     """Run a model on batches of one and two, watch what it does to its state, and set its rules.
 
     No other pass of the model may run meanwhile. The model's exceptions are passed on.
@@ -264,7 +264,7 @@ def survey_passes(model: LoadedModel, guard: PassGuard) -> tuple[HookSurvey, Hoo
         loaded state.
     """
     seen = _Seen()
-    x, snapshot, chance = ordinary_batch(model, 1), guard.snapshot, Generators(model.device)
+    x, snapshot, chance = ordinary_batch(model, 1), scope.snapshot, Generators(model.device)
     watch = Watch(snapshot)
     with each_line(watch.look_at):
         one = survey_hooks(model, x, keep_values=True, look=watch.look_now_and_then)
@@ -295,11 +295,11 @@ def survey_passes(model: LoadedModel, guard: PassGuard) -> tuple[HookSurvey, Hoo
         kept = {change.path for change in after} - rewritten
         seen.by_batch = tuple(c.path for c in dirty.deep_changes() if c.path in kept)
     snapshot.deep_restore()
-    guard.settle(_rules(model, guard, seen), tuple(seen.changes.values()))
+    scope.settle(_rules(model, scope, seen), tuple(seen.changes.values()))
     return one, two
 
 
-def _rules(model: LoadedModel, guard: PassGuard, seen: _Seen) -> PassRules:
+def _rules(model: LoadedModel, scope: PassScope, seen: _Seen) -> PassRules:
     rules = PassRules()
     if seen.changes:
         rules = _for_changes(list(seen.changes.values()), persistent=seen.lasting)
@@ -353,9 +353,9 @@ def _rules(model: LoadedModel, guard: PassGuard, seen: _Seen) -> PassRules:
             "layertap can see explain this; answers may depend on earlier requests"
         )
         rules = _stateful(rules)
-    if guard.snapshot.outside:
+    if scope.snapshot.outside:
         notes.append(
-            f"it holds modules that are not registered ({_named(guard.snapshot.outside)}): eval(), "
+            f"it holds modules that are not registered ({_named(scope.snapshot.outside)}): eval(), "
             "the device and the precision don't reach them, and they have no layer names"
         )
     return replace(rules, notes=tuple(notes))

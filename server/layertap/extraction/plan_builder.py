@@ -171,9 +171,9 @@ class PlanBuilder:
         self._taps = taps
         self._catalogue = catalogue
         # Never held while the model is traced symbolically: tracing waits for the passes of other
-        # threads to end, and those may be waiting for this guard.
-        self._guard = catalogue.guard
-        self._context = BuildContext(model, taps, catalogue.guard, catalogue.graph)
+        # threads to end, and those may be waiting for this scope.
+        self._scope = catalogue.scope
+        self._context = BuildContext(model, taps, catalogue.scope, catalogue.graph)
         self._cache = cache
         measured, its_taps = proving or (model, taps)
         measuring = replace(self._context, model=measured, taps=its_taps)
@@ -461,7 +461,7 @@ class PlanBuilder:
         try:
             found = self._refuse_obstacles(kind, pass_spec, example, outcome)
             looks = self._looks_recorded(kind, pass_spec, example) if outcome else []
-            with self._guard:
+            with self._scope:
                 program = kind.compile(self._context, pass_spec, example.clone())
         except ExtractorUnsupportedError:
             raise
@@ -486,7 +486,7 @@ class PlanBuilder:
         """
         tapes: list[Tape] = []
         context = replace(self._context, watching=partial(self._watched, tapes))
-        with self._guard, suppress(_WatchedError):
+        with self._scope, suppress(_WatchedError):
             kind.compile(context, pass_spec, example.clone())
             raise self._refusal(kind, pass_spec, "its recording can't be watched")
         return tapes[0].looks

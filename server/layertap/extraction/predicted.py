@@ -5,7 +5,7 @@ Note [The first pass at a size]
     inputs; only their shapes must be known to lay a reply out, and those follow from the
     expressions. A value of another shape than predicted is noticed when it is captured. But a model
     may write state for some sizes only, or refuse a size. So the first pass at a size runs to its
-    end, as a reference pass does, and the guard looks at the state after it. If that pass fails, a
+    end, as a reference pass does, and the scope looks at the state after it. If that pass fails, a
     pass on random input of that size tells whether the size or the content is at fault.
 """
 

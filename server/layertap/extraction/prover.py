@@ -72,7 +72,7 @@ class Prover:
     Every method runs the model, so each must be called on a compute thread.
 
     Args:
-        context: The model, its taps, guard and graph.
+        context: The model, its taps, scope and graph.
         outcomes: Finds the outcomes of the model's passes.
 
     Attributes:
@@ -82,7 +82,7 @@ class Prover:
     def __init__(self, context: BuildContext, outcomes: Outcomes | None = None) -> None:
         self._context = context
         self._model = context.model
-        self._guard = context.guard
+        self._scope = context.scope
         self.outcomes = outcomes or Outcomes(context)
 
     def truth(self, pass_spec: PassSpec, x: Batch) -> Values:
@@ -316,7 +316,7 @@ class Prover:
             return False  # A request will show.
         if findings.alone is None:
             try:
-                alone = not self._guard.rules.shared or not self._shares(plan, own)
+                alone = not self._scope.rules.shared or not self._shares(plan, own)
             except ModelRunError as error:
                 _log.info("model %s: passes are not shared: %s", self._model.name, error)
                 alone = True
@@ -441,7 +441,7 @@ class Prover:
 
     def _refuse_replays(self, plan: Plan, x: Batch) -> None:
         """Raise if a replay would not repeat the pass; see Note [What a graph holds]."""
-        if self._guard.rules.state is not KeptState.NONE:
+        if self._scope.rules.state is not KeptState.NONE:
             raise ExtractorUnsupportedError("its modules write state while they run")
         if plan.dynamic:
             raise ExtractorUnsupportedError("its shapes depend on the content")

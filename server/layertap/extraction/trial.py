@@ -30,7 +30,7 @@ from layertap.errors import ModelLoadError
 from layertap.extraction.free_dimensions import free_dimensions
 from layertap.extraction.id_range import with_id_ranges
 from layertap.extraction.own_words import own_words
-from layertap.extraction.passes import PassGuard
+from layertap.extraction.passes import PassScope
 from layertap.extraction.samples import ordinary_batch
 from layertap.extraction.script_taps import instrument, programs
 from layertap.models import BatchKey, InputGuess, InputSpec, LoadedModel
@@ -50,7 +50,7 @@ _LOOK_UP = {
 }
 
 
-def tried(model: LoadedModel, guard: PassGuard | None = None) -> LoadedModel:
+def tried(model: LoadedModel, scope: PassScope | None = None) -> LoadedModel:
     """Return a model with the facts about its input that its source did not know.
 
     See Note [Found by trying] and Note [Differentiation inside forward]. No other forward pass may
@@ -58,8 +58,8 @@ def tried(model: LoadedModel, guard: PassGuard | None = None) -> LoadedModel:
 
     Args:
         model: The model.
-        guard: The model's guard, which is held in each pass and restores the model; a new guard if
-            not given.
+        scope: The model's scope, in which each pass runs and which restores the model; a new scope
+            if not given.
 
     Raises:
         ConfigError: Preprocessed images don't fit the input that was found.
@@ -73,15 +73,15 @@ def tried(model: LoadedModel, guard: PassGuard | None = None) -> LoadedModel:
     for program in programs(model.module).values():
         # The first run decides permanently how a program's calls are compiled.
         instrument(program)
-    guard = guard or PassGuard(model.module)
+    scope = scope or PassScope(model.module)
     if guessed:
-        model = _that_runs(model, guard)
+        model = _that_runs(model, scope)
     if optional:
-        model = _with_optional(model, guard)
-    free = free_dimensions(model, partial(_runs, model, guard))
+        model = _with_optional(model, scope)
+    free = free_dimensions(model, partial(_runs, model, scope))
     with torch.inference_mode():
-        model = with_id_ranges(replace(model, signature=free), guard)
-    guard.snapshot.deep_restore()
+        model = with_id_ranges(replace(model, signature=free), scope)
+    scope.snapshot.deep_restore()
     found = tuple(replace(each, guess=None) for each in model.signature.inputs)
     return model.with_signature(replace(model.signature, inputs=found))
 
@@ -101,7 +101,7 @@ class _Run:
     differentiates: bool = False
 
 
-def _that_runs(model: LoadedModel, guard: PassGuard) -> LoadedModel:
+def _that_runs(model: LoadedModel, scope: PassScope) -> LoadedModel:
     """Return the model with dtypes and shapes of its required inputs, and a mode, that work.
 
     For the first input, floating-point dtypes are tried first. If one works, but the model rounds
@@ -113,13 +113,13 @@ def _that_runs(model: LoadedModel, guard: PassGuard) -> LoadedModel:
     others = [_forms(each) for each in signature.required[1:]]
     failed: dict[torch.dtype, Exception] = {}
     for form, *rest in islice(product(first, *others), MAX_TRIED):
-        candidate, run = _in_its_mode(_taking(model, form, *rest), guard)
+        candidate, run = _in_its_mode(_taking(model, form, *rest), scope)
         if run.error is not None:
             failed.setdefault(form.dtype, run.error)
             continue
         if run.ids and _is_float(form.dtype) and torch.int64 in _types(main):
             ids = _taking(model, replace(form, dtype=torch.int64, also=()), *rest)
-            ids, second = _in_its_mode(ids, guard)
+            ids, second = _in_its_mode(ids, scope)
             return candidate if second.error else ids
         return candidate
     causes = "; ".join(f"{_name(dtype)}: {own_words(error)}" for dtype, error in failed.items())
@@ -131,7 +131,7 @@ def _that_runs(model: LoadedModel, guard: PassGuard) -> LoadedModel:
     ) from failed[main.dtype]
 
 
-def _with_optional(model: LoadedModel, guard: PassGuard) -> LoadedModel:
+def _with_optional(model: LoadedModel, scope: PassScope) -> LoadedModel:
     """Return the model without the guessed inputs with which it fails, alone or together."""
     found = [each for each in model.signature.inputs if not each.optional]
     for each in model.signature.inputs:
@@ -139,7 +139,7 @@ def _with_optional(model: LoadedModel, guard: PassGuard) -> LoadedModel:
             continue
         forms = _forms(each) if each.guess else [each]
         candidates = (_with_inputs(model, (*found, form)) for form in forms)
-        runs = (one for one in candidates if _runs_whole(one, guard))
+        runs = (one for one in candidates if _runs_whole(one, scope))
         if (taken := next(runs, None)) is not None:
             found = list(taken.signature.inputs)
         elif each.guess is None or not each.guess.uncertain:
@@ -154,10 +154,10 @@ def _with_inputs(model: LoadedModel, inputs: Iterable[InputSpec]) -> LoadedModel
     return replace(model, signature=replace(model.signature, inputs=tuple(inputs)))
 
 
-def _runs_whole(model: LoadedModel, guard: PassGuard) -> bool:
+def _runs_whole(model: LoadedModel, scope: PassScope) -> bool:
     """Return whether a model runs with all of its inputs, alone and in a batch of three."""
     for size in (1, 3):
-        run = _run(model, model.signature.whole_key, guard, size)
+        run = _run(model, model.signature.whole_key, scope, size)
         if run.error is not None:
             last = model.signature.inputs[-1]
             _log.info(
@@ -202,25 +202,25 @@ def _taking(model: LoadedModel, *specs: InputSpec) -> LoadedModel:
     return replace(model, signature=signature)
 
 
-def _in_its_mode(model: LoadedModel, guard: PassGuard) -> tuple[LoadedModel, _Run]:
+def _in_its_mode(model: LoadedModel, scope: PassScope) -> tuple[LoadedModel, _Run]:
     """Run a model; under ``no_grad`` if it turns gradients on or fails in inference mode."""
-    run = _run(model, model.signature.key, guard)
+    run = _run(model, model.signature.key, scope)
     if run.error is None and not run.differentiates:
         return model, run
     plain = replace(model, differentiates=True)
-    second = _run(plain, model.signature.key, guard)
+    second = _run(plain, model.signature.key, scope)
     return (model, run) if second.error else (plain, second)
 
 
-def _runs(model: LoadedModel, guard: PassGuard, key: BatchKey) -> bool:
-    return _run(model, key, guard).error is None
+def _runs(model: LoadedModel, scope: PassScope, key: BatchKey) -> bool:
+    return _run(model, key, scope).error is None
 
 
-def _run(model: LoadedModel, key: BatchKey, guard: PassGuard, size: int = 1) -> _Run:
+def _run(model: LoadedModel, key: BatchKey, scope: PassScope, size: int = 1) -> _Run:
     x = ordinary_batch(model, size, key)
     watcher = _Watcher(x[model.signature.main.name].numel())
     try:
-        with torch.inference_mode(), guard, watcher:
+        with torch.inference_mode(), scope, watcher:
             model.forward(x)
     except Exception as error:  # noqa: BLE001 - a model may raise anything; it is reported
         watcher.run.error = error

@@ -25,7 +25,7 @@ from layertap.extraction.obstacles import (
     takes_step,
 )
 from layertap.extraction.pass_spec import PassSpec
-from layertap.extraction.passes import GuardedExtractor, KeptState, PassGuard
+from layertap.extraction.passes import KeptState, PassScope, ScopedExtractor
 from layertap.extraction.points import CapturePoint, PointKind
 from layertap.extraction.script_taps import programs
 from layertap.extraction.symbolic import GraphNames
@@ -82,7 +82,7 @@ class BuildContext:
     Attributes:
         model: The model.
         taps: The model's taps.
-        guard: The model's guard, which every pass of the model must hold.
+        scope: The model's scope, in which every pass of the model must run.
         graph: The node names of its symbolic graph; None if it has none.
         watching: Returns the block in which a compiled kind must run the pass that it records,
             given that pass's batch.
@@ -90,7 +90,7 @@ class BuildContext:
 
     model: LoadedModel
     taps: Taps
-    guard: PassGuard
+    scope: PassScope
     graph: GraphNames | None
     watching: Callable[[Batch], AbstractContextManager[object]] = _unwatched
 
@@ -103,8 +103,8 @@ class BuildContext:
         return self.graph
 
     def guarded(self, built: BuiltExtractor) -> BuiltExtractor:
-        """Return an extractor that holds the guard in each of its passes."""
-        return GuardedExtractor(built, self.guard)
+        """Return an extractor that enters the scope in each of its passes."""
+        return ScopedExtractor(built, self.scope)
 
 
 class ExtractorKind(ABC):
@@ -219,7 +219,7 @@ class DirectKind(ExtractorKind):
         """Build an extractor, which is not proven yet.
 
         Args:
-            context: The model, its taps, guard and graph. The caller must not hold the guard.
+            context: The model, its taps, scope and graph. The caller must not be in the scope.
             pass_spec: What to capture: points that the kind claims to serve.
 
         Raises:
@@ -305,7 +305,7 @@ class CompiledKind(ExtractorKind, Generic[P]):
         """Compile a program, which is not proven yet. Any exception refuses the points.
 
         Args:
-            context: The model, its taps, guard and graph. The caller holds the guard. The
+            context: The model, its taps, scope and graph. The caller is in the scope. The
                 recorded pass runs inside ``context.watching``.
             pass_spec: What to capture: points that the kind claims to serve.
             example: A batch on the model's device. The program must serve every batch with its

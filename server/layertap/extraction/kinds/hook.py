@@ -16,7 +16,7 @@ class HookExtractor:
     """Runs the model with its taps.
 
     Args:
-        context: The model, its taps, guard and graph.
+        context: The model, its taps, scope and graph.
         pass_spec: What to capture.
         reference: Whether its values prove other extractors. Then its passes run to their end, and
             are watched for state that no earlier pass wrote.
@@ -28,19 +28,19 @@ class HookExtractor:
         self._model = context.model
         self._taps = context.taps
         self._points = pass_spec.points
-        self._guard = context.guard
+        self._scope = context.scope
         self._reference = reference
 
     def run(self, x: Batch, sink: Sink) -> None:
         """See BuiltExtractor."""
-        with self._guard as guard:
-            to_end = self._reference or not guard.rules.early_stop
-            threads = guard.rules.own_threads
+        with self._scope as scope:
+            to_end = self._reference or not scope.rules.early_stop
+            threads = scope.rules.own_threads
             self._taps.run(
                 self._model.forward, x, self._points, sink, to_end=to_end, own_threads=threads
             )
             if self._reference:
-                guard.learn(self._model.name)
+                scope.learn(self._model.name)
 
 
 class HookKind(ReferenceKind):

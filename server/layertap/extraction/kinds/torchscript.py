@@ -157,7 +157,7 @@ class TorchScriptKind(CompiledKind[torch.jit.ScriptModule]):
         take: Take = cloned,
     ) -> torch.jit.ScriptModule:
         """See CompiledKind."""
-        to_end = not context.guard.rules.early_stop
+        to_end = not context.scope.rules.early_stop
         return trace_taps(
             context.model,
             context.taps,
