@@ -75,6 +75,7 @@ bench: .venv/.built ## what layers and replies cost, in minutes; writes benchmar
 	$(BIN)/python -W ignore benchmarks/bench_text.py
 	$(BIN)/python -W ignore benchmarks/bench_hook.py
 	$(BIN)/python -W ignore benchmarks/bench_gradients.py
+	$(BIN)/python -W ignore benchmarks/bench_interventions.py
 	$(BIN)/python -W ignore benchmarks/bench_memory.py
 
 # For a machine with a GPU, which may have neither network nor the versions of constraints.txt: with

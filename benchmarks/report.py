@@ -244,6 +244,17 @@ computes the score at both ends. The results were compared first. {threads} thre
 {table}
 """
 
+INTERVENTIONS = """
+## What do interventions cost?
+
+[bench_interventions.py](bench_interventions.py): resnet50, one image of 224 × 224, in this process.
+In each of 64 passes another channel of a block is set to zero, in one request with 64 sets; by hand
+it is a loop of whole passes with a hook. Beside one forward pass, 64 ablations took {ratios} (the
+median of each). The results were compared first. {threads} threads. Machine: {facts}.
+
+{table}
+"""
+
 MEMORY = """
 ## Does a server's memory level off?
 
@@ -601,6 +612,22 @@ def _gradients(results: dict[str, Any], folder: Path) -> str:
     )
 
 
+def _interventions(results: dict[str, Any], folder: Path) -> str:
+    ways = results["ways"]
+    middle = {way: row["p50"] for way, row in ways.items()}
+    by_layer = {
+        way.rsplit(" ", 1)[-1]: middle[way] / middle["forward pass"]
+        for way in middle
+        if " of " in way and not way.endswith("by hand")
+    }
+    return INTERVENTIONS.format(
+        ratios=", ".join(f"**{ratio:.2f} ×** at {layer}" for layer, ratio in by_layer.items()),
+        threads=results["threads"],
+        table=_table(["", "ms (quartiles)"], [[way, _quartiles(row)] for way, row in ways.items()]),
+        facts=_facts(results["machine"]),
+    )
+
+
 def _memory(results: dict[str, Any], folder: Path) -> str:
     curve = results["resident_mib"]
     half = len(curve) // 2
@@ -658,6 +685,7 @@ SECTIONS: dict[str, Section] = {
     "encode": _encode,
     "hook": _hook,
     "gradients": _gradients,
+    "interventions": _interventions,
     "memory": _memory,
     "sentences": _sentences,
 }
