@@ -130,15 +130,8 @@ def run(rounds: int) -> dict[str, Any]:
     threads = torch.get_num_threads()
     with layertap.load(NET, weights="random", device="cpu", threads=threads) as model:
         calls, rows = ways(model, x)
-        times: dict[str, list[float]] = {way: [] for way in calls}
-        for _ in range(rounds):
-            for way, call in calls.items():
-                times[way] += common.timed(call, 1 if way in {SWEEP, LOOP} else 5)
-    return {
-        "rows": rows,
-        "threads": threads,
-        "ways": {way: common.quantiles(took) for way, took in times.items()},
-    }
+        timed = common.in_turns(calls, rounds, slow={SWEEP, LOOP})
+    return {"rows": rows, "threads": threads, "ways": timed}
 
 
 def main() -> None:

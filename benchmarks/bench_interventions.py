@@ -87,14 +87,9 @@ def run(rounds: int) -> dict[str, Any]:
     threads = torch.get_num_threads()
     with layertap.load(NET, weights="random", device="cpu", threads=threads) as model:
         calls = ways(model, x)
-        times: dict[str, list[float]] = {way: [] for way in calls}
-        for _ in range(rounds):
-            for way, call in calls.items():
-                times[way] += common.timed(call, 5 if way in {PASS, VALUE} else 1)
-    return {
-        "threads": threads,
-        "ways": {way: common.quantiles(took) for way, took in times.items()},
-    }
+        timed = common.in_turns(calls, rounds, slow=calls.keys() - {PASS, VALUE})
+    ratios = {layer: timed[swept(layer)]["p50"] / timed[PASS]["p50"] for layer in LAYERS}
+    return {"threads": threads, "ratios": ratios, "ways": timed}
 
 
 def main() -> None:

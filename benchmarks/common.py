@@ -8,7 +8,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,23 @@ def timed(call: Callable[[], object], calls: int) -> list[float]:
         call()
         times.append((time.perf_counter() - begun) * 1000)
     return times
+
+
+def in_turns(
+    calls: Mapping[str, Callable[[], object]], rounds: int, slow: Collection[str]
+) -> dict[str, dict[str, float]]:
+    """Time all ways in turns, and return the quartiles of each in milliseconds.
+
+    Args:
+        calls: The ways, by name.
+        rounds: How often it is each way's turn.
+        slow: The ways that are called once in a turn; the others are called five times.
+    """
+    times: dict[str, list[float]] = {way: [] for way in calls}
+    for _ in range(rounds):
+        for way, call in calls.items():
+            times[way] += timed(call, 1 if way in slow else 5)
+    return {way: quantiles(took) for way, took in times.items()}
 
 
 def quantiles(times: Sequence[float]) -> dict[str, float]:

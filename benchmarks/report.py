@@ -613,15 +613,9 @@ def _gradients(results: dict[str, Any], folder: Path) -> str:
 
 
 def _interventions(results: dict[str, Any], folder: Path) -> str:
-    ways = results["ways"]
-    middle = {way: row["p50"] for way, row in ways.items()}
-    by_layer = {
-        way.rsplit(" ", 1)[-1]: middle[way] / middle["forward pass"]
-        for way in middle
-        if " of " in way and not way.endswith("by hand")
-    }
+    ways, ratios = results["ways"], results["ratios"]
     return INTERVENTIONS.format(
-        ratios=", ".join(f"**{ratio:.2f} ×** at {layer}" for layer, ratio in by_layer.items()),
+        ratios=", ".join(f"**{ratio:.2f} ×** at {layer}" for layer, ratio in ratios.items()),
         threads=results["threads"],
         table=_table(["", "ms (quartiles)"], [[way, _quartiles(row)] for way, row in ways.items()]),
         facts=_facts(results["machine"]),

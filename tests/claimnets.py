@@ -83,6 +83,13 @@ class ConstantItems(nn.Module):
         return self.placed(y * places[:, None, None])
 
 
+class ConstantItemsSometimes(ConstantItems):
+    """The number of items is such a constant only for large numbers."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) if x.max() > 1 else self.placed(self.conv(x))
+
+
 class LargeMean(nn.Module):
     """Divides by the number of items, a constant in a trace, in a layer with many elements."""
 
@@ -266,6 +273,11 @@ def one_or_many() -> nn.Module:
 def constant_items() -> nn.Module:
     """Return a ConstantItems."""
     return made(ConstantItems)
+
+
+def constant_items_sometimes() -> nn.Module:
+    """Return a ConstantItemsSometimes."""
+    return made(ConstantItemsSometimes)
 
 
 def large_mean() -> nn.Module:

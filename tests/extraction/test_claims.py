@@ -69,10 +69,14 @@ def test_a_way_that_cannot_be_compiled_is_refused_before_a_request_takes_it() ->
     assert (refused["first"], refused["middle"], refused["last"]) == ("", "", "")
 
 
-@pytest.mark.parametrize("net", ["sign", "nested", "threshold"])
+@pytest.mark.parametrize(
+    "net",
+    ["guardnets:sign", "guardnets:nested", "guardnets:threshold",
+     "claimnets:constant_items_sometimes"],
+)  # fmt: skip
 def test_layers_after_a_branch_are_claimed_if_every_way_can_be_compiled(net: str) -> None:
     """Layers after a branch are served where programs of both ways are right."""
-    assert not any(refusals(claims(loaded(f"guardnets:{net}"))).values())
+    assert not any(refusals(claims(loaded(net))).values())
 
 
 @pytest.mark.parametrize("net", ["one_or_many", "constant_items"])

@@ -254,9 +254,11 @@ class _Trial:
         """
         found: list[Faults] = []
         sized: set[CapturePoint] = set()
+        surveys: list[LooksSurvey] = []
         for size in (2, 1):
             example = ordinary_batch(self._model, size)
             looks = self._looks(example)
+            surveys.append(looks)
             sized |= looks.sized.intersection(points)
             yield
             cases = [replace(case, astray=_astray(looks, other)) for case, other in seen]
@@ -269,7 +271,8 @@ class _Trial:
         # Any subset of what one example serves can be served together.
         best = min(found, key=len)
         faults = {p: each for faults in found for p, each in faults.items() if p in sized} | best
-        return (yield from self._other_ways(kind, points, steps, seen, faults)) | faults
+        left = [point for point in points if point not in faults]
+        return faults | (yield from self._other_ways(kind, left, steps, seen, surveys[0]))
 
     def _other_ways(
         self,
@@ -277,30 +280,30 @@ class _Trial:
         points: Sequence[CapturePoint],
         steps: Mapping[CapturePoint, int],
         seen: Sequence[tuple[Case, LooksSurvey]],
-        faults: Faults,
+        common: LooksSurvey,
     ) -> Generator[None, None, Faults]:
-        """Return the faults of programs for other ways of the code than that of the example.
+        """Return the faults of programs for ways of the code other than the common one.
 
         Such a way is compiled when a request first takes it, so it must be possible.
         """
-        common = self._looks(ordinary_batch(self._model, 2))
-        tried = [common.outcome]
         found: Faults = {}
-        for first, looks in seen:
-            if looks.outcome in tried or len(tried) > MAX_OTHER_WAYS:
-                continue
-            tried.append(looks.outcome)
-            yield
-            astray = _astray(common, looks)
-            rest = [p for p in points if p in astray and p not in faults and p not in found]
+        ways = {looks.outcome: looks for _, looks in seen if looks.outcome != common.outcome}
+        for looks in [*ways.values()][:MAX_OTHER_WAYS]:
             cases = [
                 replace(case, astray=frozenset())
-                for case, each in seen
-                if each.outcome == looks.outcome
+                for case, other in seen
+                if other.outcome == looks.outcome
             ]
-            if rest:
-                another = yield from self._trial(kind, steps, first.x, cases, rest)
-                found |= {p: f"{_OTHER_WAY}{reason}" for p, reason in another.items()}
+            astray = _astray(common, looks).intersection(points) - found.keys()
+            rest = [point for point in points if point in astray]
+            tried: list[Faults] = []
+            for example in _examples(cases) if rest else ():
+                yield
+                tried.append((yield from self._trial(kind, steps, example, cases, rest)))
+                if not any(map(depends_on_size, tried[-1].values())):
+                    break
+            faults = min(tried, key=len, default=Faults())
+            found |= {point: f"{_OTHER_WAY}{reason}" for point, reason in faults.items()}
         return found
 
     def _trial(
@@ -318,6 +321,13 @@ class _Trial:
             return (yield from CompileTrial(context, kind, steps, example, cases).faults(points))
         finally:
             taps.close()
+
+
+def _examples(cases: Sequence[Case]) -> list[Batch]:
+    """Return the batches to record from; see Note [Examples to record from] in ``plan_builder``."""
+    several = [case.x for case in cases if case.x.size > 1]
+    single = [case.x for case in cases if case.x.size == 1]
+    return [*several[:1], *single[:1]]
 
 
 def _astray(example: LooksSurvey, looks: LooksSurvey) -> frozenset[CapturePoint]:
