@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,6 +48,12 @@ class GradientSubject:
     item: tuple[int, ...] | None
     batch: Batch
     inputs: dict[str, str] | None = None
+
+    def on(self, device: str) -> GradientSubject:
+        """Return the same with its batch on a device, to run a module there."""
+        if isinstance(self.batch, torch.Tensor):
+            return replace(self, batch=self.batch.to(device))
+        return replace(self, batch={name: each.to(device) for name, each in self.batch.items()})
 
     def batch_of(self, size: int, dtype: torch.dtype) -> Batch:
         """Return the first items of the batch, with floats of a dtype."""

@@ -30,6 +30,7 @@ from layertap.extraction.containers import pick
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.points import CapturePoint, PointKind
 from layertap.extraction.samples import ordinary_batch
+from layertap.extraction.tf32 import allow_tf32
 from layertap.extraction.verify import COMPILED_TOLERANCE, difference
 from layertap.models import Batch, LoadedModel, ModelSpec, load_model
 from layertap.selection import Capture, Extractor
@@ -92,12 +93,17 @@ class Subject:
         return pick(self.modules[point.path, point.capture.value, point.call], point.member)
 
 
-def prove(source: str) -> Row:
-    """Load a model at the smallest size that it takes, and compare every extractor with it."""
+def prove(source: str, device: str = "cpu") -> Row:
+    """Load a model at the smallest size that it takes, and compare every extractor with it.
+
+    Args:
+        source: The model, such as ``"resnet18"``.
+        device: What it runs on, such as ``"cuda"``.
+    """
     begun = time.perf_counter()
     row = Row(source)
     try:
-        model, catalogue = _smallest(source)
+        model, catalogue = _smallest(source, device)
     except LayertapError as error:
         row.error = str(error).splitlines()[0]
         return row
@@ -161,15 +167,16 @@ def _subject(
     )
 
 
-def _smallest(source: str) -> tuple[LoadedModel, Catalogue]:
+def _smallest(source: str, device: str) -> tuple[LoadedModel, Catalogue]:
     error: LayertapError = ModelLoadError("no size tried")
     for side in SIDES:
         try:
-            own = load_model(ModelSpec.parse(source, weights="random"))
+            own = load_model(ModelSpec.parse(source, weights="random"), device)
             shape = own.signature.main.shape
             if side is not None:
                 shape = (*shape[:-2], min(side, shape[-2]), min(side, shape[-1]))
-            model = load_model(ModelSpec.parse(source, weights="random", item_shape=shape))
+            spec = ModelSpec.parse(source, weights="random", item_shape=shape)
+            model = load_model(spec, device)
             return model, measure(model)
         except LayertapError as raised:
             error = raised
@@ -263,16 +270,17 @@ def section(rows: Sequence[Row]) -> str:
     ) + table(rows)
 
 
-def _apart(name: str) -> Row:
+def _apart(name: str, device: str) -> Row:
     """Prove a model in a process of its own, so that all memory of it is given back."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
-        return pool.submit(_quietly, name).result()
+        return pool.submit(_quietly, name, device).result()
 
 
-def _quietly(name: str) -> Row:
+def _quietly(name: str, device: str) -> Row:
     torch.set_num_threads(1)  # There is a process for each core already.
+    allow_tf32(False)
     with torch.inference_mode():
-        return prove(name)
+        return prove(name, device)
 
 
 def _tell(row: Row) -> None:
@@ -282,17 +290,17 @@ def _tell(row: Row) -> None:
     print(f"{row.model:32} {row.seconds:6.1f} s  {counts} {row.error} {problems}", flush=True)
 
 
-def _rows(models: Sequence[str], jobs: int) -> Iterator[Row]:
+def _rows(models: Sequence[str], jobs: int, device: str) -> Iterator[Row]:
     """Prove models, some at once; those for which the memory did not do beside others, alone."""
     killed = []
     with ThreadPoolExecutor(jobs) as pool:
-        proofs = {name: pool.submit(_apart, name) for name in models}
+        proofs = {name: pool.submit(_apart, name, device) for name in models}
         for name, proof in proofs.items():
             try:
                 yield proof.result()
             except BrokenProcessPool:
                 killed.append(name)
-    yield from map(_apart, killed)
+    yield from (_apart(name, device) for name in killed)
 
 
 def _place(row: Row) -> tuple[bool, str]:
@@ -304,10 +312,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*", help="torchvision or timm: names; all if none")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="models at once")
+    parser.add_argument("--device", default="cpu", help="what the models run on, such as cuda")
     parser.add_argument("--write", type=Path, help="the Markdown file to write")
     options = parser.parse_args()
     rows = []
-    for row in _rows(options.models or every_model(), options.jobs):
+    for row in _rows(options.models or every_model(), options.jobs, options.device):
         rows.append(row)
         _tell(row)
         if options.write:  # Each time, so that a run that is cut keeps what it has.

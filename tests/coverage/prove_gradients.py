@@ -113,14 +113,19 @@ class Value:
     batched: bool
 
 
-def prove(subject: GradientSubject) -> Row:
-    """Compare every gradient of a model, in both dtypes."""
+def prove(subject: GradientSubject, device: str = "cpu") -> Row:
+    """Compare every gradient of a model, in both dtypes.
+
+    Args:
+        subject: The model and its batch.
+        device: What the model and its reference run on, such as ``"cuda"``.
+    """
     begun = time.perf_counter()
     row = Row(subject.name, subject.group)
     for dtype in (torch.float64, torch.float32):
         try:
             with torch.inference_mode(False):
-                _Proof(subject, dtype, row).run()
+                _Proof(subject, dtype, row, device).run()
         except LayertapError as error:
             row.error = f"{dtype}: {str(error).splitlines()[0]}"
     row.seconds = time.perf_counter() - begun
@@ -130,16 +135,21 @@ def prove(subject: GradientSubject) -> Row:
 class _Proof:
     """The proof of one model in one dtype."""
 
-    def __init__(self, subject: GradientSubject, dtype: torch.dtype, row: Row) -> None:
+    def __init__(self, subject: GradientSubject, dtype: torch.dtype, row: Row, device: str) -> None:
         self._subject, self._dtype, self._row = subject, dtype, row
+        self._device = device
+        self._there = subject.on(device)
         self._name = str(dtype).removeprefix("torch.")
-        self._build = subject.factory(dtype)
+        self._factory = subject.factory(dtype)
         row.right[self._name], row.worst[self._name] = 0, 0.0
+
+    def _build(self) -> torch.nn.Module:
+        return self._factory().to(self._device)
 
     def run(self) -> None:
         """Ask for everything, and note what came back."""
         # As a factory that layertap imports by its name.
-        sys.modules[__name__].factory = self._build  # type: ignore[attr-defined]
+        sys.modules[__name__].factory = self._factory  # type: ignore[attr-defined]
         given: dict[str, Any] = {}
         if self._subject.item is not None:
             given = {"item_shape": self._subject.item, "input_dtype": self._name}
@@ -147,7 +157,7 @@ class _Proof:
                 given["input_dtype"] = "int64"
         limits = Limits(layers=1 << 16, reply_bytes=2047 << 20, pending_bytes=16 << 30)
         source = f"{__name__}:factory"
-        with layertap.load(source, device="cpu", threads=1, limits=limits, **given) as model:
+        with layertap.load(source, device=self._device, threads=1, limits=limits, **given) as model:
             values = self._values(model)
             result = next(entry for entry in model.host.catalogue if entry.is_result)
             for size in (2, 1):
@@ -180,20 +190,21 @@ class _Proof:
         self, model: LocalModel, values: Sequence[Value], result: LayerEntry, size: int
     ) -> None:
         place = result.points[Capture.OUTPUT].member
-        subject, dtype = self._subject, self._dtype
+        dtype = self._dtype
         with torch.no_grad():
-            plain = find(subject.run(self._build(), size, dtype), place)
+            plain = find(self._there.run(self._build(), size, dtype), place)
         vector = torch.randn(plain.shape, generator=torch.Generator().manual_seed(5)).to(dtype)
+        there = vector.to(plain.device)
 
         def score(returned: Any) -> torch.Tensor:
-            return (find(returned, place) * vector).sum()
+            return (find(returned, place) * there).sum()
 
         objective = Objective.dot(result.name, vector)
         for group in _groups(values):
             truth = self._truth([value.place for value in group], score, size)
-            there = (find(truth.result, place) - plain).abs().max()
-            if there > TOLERANCE[dtype] * plain.abs().max():
-                self._row.error = f"the reference returns something else: {float(there):.1e}"
+            off = (find(truth.result, place) - plain).abs().max()
+            if off > TOLERANCE[dtype] * plain.abs().max():
+                self._row.error = f"the reference returns something else: {float(off):.1e}"
                 return
             if dtype is torch.float64:
                 self._confirm(truth, score, size)
@@ -206,12 +217,12 @@ class _Proof:
 
     def _truth(self, places: Sequence[Place], score: Any, size: int) -> Truth:
         inputs = [place for place in places if place.side == "given"]
-        given = self._subject.batch_of(size, self._dtype)
+        given = self._there.batch_of(size, self._dtype)
         zeros: dict[Place, torch.Tensor] = {}
 
         def run(net: torch.nn.Module) -> Any:
             if not inputs:
-                return self._subject.run(net, size, self._dtype)
+                return self._there.run(net, size, self._dtype)
             return (
                 net(_marked(given, inputs, zeros))
                 if isinstance(given, torch.Tensor)
@@ -237,6 +248,7 @@ class _Proof:
         generator = torch.Generator().manual_seed(1)
         for place, gradient in known[:: max(1, len(known) // SAMPLES)][:SAMPLES]:
             other = torch.randn(gradient.shape, generator=generator, dtype=torch.float64)
+            other = other.to(gradient.device)
             direction = gradient / gradient.norm() + other / other.norm() / 2
             found = [
                 self._differs(place, gradient, score, size, direction=direction, by=by)
@@ -262,7 +274,7 @@ class _Proof:
         """Return how far a central difference is from the reference, its rounding, and both."""
         measured, used, rounding = derivative(
             self._build(),
-            lambda net: self._subject.run(net, size, self._dtype),
+            lambda net: self._there.run(net, size, self._dtype),
             place,
             score,
             direction,
@@ -308,7 +320,7 @@ class _Proof:
             row.wrong.append(f"{value.selection}: shape {tuple(gradient.shape)}")
             return
         scale = float(expected.abs().max())
-        error = float((gradient.to(expected.dtype) - expected).abs().max())
+        error = float((gradient.to(expected) - expected).abs().max())
         relative = error / scale if scale else (float("inf") if error else 0.0)
         if not relative <= TOLERANCE[self._dtype]:
             row.wrong.append(f"{value.selection} ({self._name}): {relative:.1e} of {scale:.1e}")
@@ -429,21 +441,21 @@ def section(rows: Sequence[Row], totals: Mapping[str, int] = MappingProxyType({}
     return head + "\n".join(lines) + "\n"
 
 
-def _apart(subject: GradientSubject) -> Row:
+def _apart(subject: GradientSubject, device: str) -> Row:
     """Prove a model in a process of its own, so that its memory is given back."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
         try:
-            return pool.submit(_quietly, subject.group, subject.name).result()
+            return pool.submit(_quietly, subject.group, subject.name, device).result()
         except BrokenProcessPool:
             return Row(subject.name, subject.group, error="its process ended")
 
 
-def _quietly(group: str, name: str) -> Row:
+def _quietly(group: str, name: str, device: str) -> Row:
     logging.disable(logging.CRITICAL)
     torch.set_num_threads(1)
     subject = next(each for each in GROUPS[group]() if each.name == name)
     try:
-        return prove(subject)
+        return prove(subject, device)
     except Exception as error:  # noqa: BLE001 - one model must not end the run
         return Row(name, group, error=f"{type(error).__name__}: {str(error)[:300]}")
 
@@ -461,6 +473,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*", help="names of models; all of the groups if none")
     parser.add_argument("--group", choices=list(GROUPS), help="only models of this group")
+    parser.add_argument("--device", default="cpu", help="what the models run on, such as cuda")
     parser.add_argument("--rows", type=Path, help="a JSON file of rows; models in it are left out")
     parser.add_argument("--write", type=Path, help="the Markdown file to write")
     options = parser.parse_args()
@@ -475,7 +488,7 @@ def main() -> int:
         named = not options.models or subject.name in options.models
         if not named or (subject.group, subject.name) in done:
             continue
-        row = _apart(subject)
+        row = _apart(subject, options.device)
         rows.append(row)
         _say(row)
         if options.rows:

@@ -349,6 +349,31 @@ def test_values_without_gradients_are_refused() -> None:
         model.extract(torch.ones(1, 6, dtype=torch.int64), "inputs.ids:gradient", objective="[0,0]")
 
 
+def test_attention_weights_that_no_layer_uses_have_no_gradient() -> None:
+    """An attention module computes them once more for a capture, so nothing depends on them."""
+    images = torch.rand(2, 3, 32, 32)
+    weights = "encoder.layers.encoder_layer_0.self_attention.attention_weights"
+    with layertap.load("gradnets:tiny_vit", item_shape=(3, 32, 32), device="cpu") as model:
+        with pytest.raises(errors.ExtractorUnsupportedError, match="not return its attention"):
+            model.extract(images, f"{weights}:gradient", objective="[1]")
+        found = model.extract(images, "encoder.layers.**:gradient", objective="[1]")
+        assert not any("attention_weights" in name for name in found)
+        # But they depend on what the module was given, and can be the objective.
+        found = model.extract(images, "conv_proj:gradient", objective=f"{weights}[1,2,3]")
+    with torch.inference_mode(False), torch.enable_grad():
+        net = gradnets.tiny_vit()
+        attention = net.encoder.layers[0].self_attention
+        kept = []
+        attention.register_forward_pre_hook(lambda _, given: kept.append(given[0]))
+        convolved = []
+        net.conv_proj.weight.requires_grad_()
+        net.conv_proj.register_forward_hook(lambda *seen: convolved.append(seen[2]))
+        net(images.clone())
+        _, true = attention(kept[0], kept[0], kept[0], average_attn_weights=False)
+        (expected,) = torch.autograd.grad(true[:, 1, 2, 3].sum(), convolved)
+    torch.testing.assert_close(found["conv_proj:gradient"], expected, rtol=0, atol=1e-7)
+
+
 def test_models_that_rely_on_the_memory_of_a_value_are_refused() -> None:
     """Where a copy of a value would change the model's result, there is an error and no number."""
     with load("ignores") as model:

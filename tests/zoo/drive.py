@@ -187,22 +187,25 @@ OTHER_SEEDS = range(1, 6)
 class Truths:
     """The truth about each request of a specimen, found when it is first needed."""
 
-    def __init__(self, specimen: Specimen) -> None:
+    def __init__(self, specimen: Specimen, device: str) -> None:
         self._specimen = specimen
+        self._device = device
 
     @cached_property
     def all(self) -> list[Truth]:
         """One for each request."""
-        return [truth_of(self._specimen.fresh(), x) for x in self._specimen.requests]
+        return self._with(seed=0)
 
     @cached_property
     def others(self) -> list[list[Truth]]:
         """The same with each of ``OTHER_SEEDS``, where the specimen draws random numbers."""
         if not self._specimen.draws:
             return []
+        return [self._with(seed) for seed in OTHER_SEEDS]
+
+    def _with(self, seed: int) -> list[Truth]:
         return [
-            [truth_of(self._specimen.fresh(), x, seed=seed) for x in self._specimen.requests]
-            for seed in OTHER_SEEDS
+            truth_of(self._specimen.fresh(), x, seed, self._device) for x in self._specimen.requests
         ]
 
     def by_chance(self, request: int, point: Point) -> bool:
@@ -218,17 +221,23 @@ def _differ(one: Sequence[torch.Tensor], two: Sequence[torch.Tensor]) -> bool:
     )
 
 
-def drive(specimen: Specimen, grid: Grid) -> Report:
-    """Serve a specimen in every way of a grid; never raises for what the model does."""
+def drive(specimen: Specimen, grid: Grid, device: str = "cpu") -> Report:
+    """Serve a specimen in every way of a grid; never raises for what the model does.
+
+    Args:
+        specimen: The model and its requests.
+        grid: What to try. A GPU runs one pass at a time in every way.
+        device: What the model and the reference run on, such as ``"cuda"``.
+    """
     report = Report(specimen.name)
-    truths = Truths(specimen)
+    truths = Truths(specimen, device)
     with torch.random.fork_rng(devices=[]):
         _ = truths.all, truths.others
     with warnings.catch_warnings():
         # Models warn as they like; catching is not for threads, so it is done around all of them.
         warnings.simplefilter("ignore")
         for way in grid.ways:
-            with specimen.served() as served, _engine(way) as engine:
+            with specimen.served() as served, _engine(way, device) as engine:
                 try:
                     host = _load(engine, served, way, report)
                 except LayertapError as error:
@@ -273,8 +282,9 @@ class _OneAtFirst(BatchQueue[Any]):
 
 
 @contextmanager
-def _engine(way: Way) -> Iterator[Engine]:
-    engine = Engine(threads=1, instances=way.instances)
+def _engine(way: Way, device: str) -> Iterator[Engine]:
+    instances = way.instances if device == "cpu" else 1
+    engine = Engine(device=device, threads=1, instances=instances)
     with patch.object(compute, "BatchQueue", _OneAtFirst if way.one_thread else BatchQueue):
         engine._threads(engine._device)
     try:

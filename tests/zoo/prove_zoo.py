@@ -31,6 +31,7 @@ import torch
 from page import write_section
 
 from layertap.extraction import apart
+from layertap.extraction.tf32 import allow_tf32
 from zoo import every_specimen
 from zoo.drive import FULL, SHORT, Grid, Report, drive
 from zoo.specimen import Specimen
@@ -90,7 +91,9 @@ def row_of(specimen: Specimen, report: Report, seconds: float) -> Row:
     return row
 
 
-def rows(specimens: Sequence[Specimen], grid: Grid, jobs: int, limit: float) -> Iterator[Row]:
+def rows(
+    specimens: Sequence[Specimen], grid: Grid, jobs: int, limit: float, device: str = "cpu"
+) -> Iterator[Row]:
     """Drive specimens, each in a process of its own, some at once; yield them as they end.
 
     Args:
@@ -98,6 +101,7 @@ def rows(specimens: Sequence[Specimen], grid: Grid, jobs: int, limit: float) -> 
         grid: What to try.
         jobs: How many at once.
         limit: Seconds after which a specimen counts as hung.
+        device: What the models run on.
     """
     fork = multiprocessing.get_context("fork")
     waiting = list(specimens)
@@ -106,7 +110,9 @@ def rows(specimens: Sequence[Specimen], grid: Grid, jobs: int, limit: float) -> 
         while waiting and len(running) < jobs:
             specimen = waiting.pop(0)
             mine, theirs = fork.Pipe(duplex=False)
-            process = fork.Process(target=_child, args=(specimen, grid, theirs), daemon=True)
+            process = fork.Process(
+                target=_child, args=(specimen, grid, theirs, device), daemon=True
+            )
             process.start()
             theirs.close()
             running[mine] = specimen, process, time.monotonic()
@@ -181,7 +187,7 @@ def _run_helper(server: socket.socket, others: socket.socket) -> None:
     exec(apart._HELPER, {})  # noqa: S102 - the code is ours
 
 
-def _child(specimen: Specimen, grid: Grid, pipe: Connection) -> None:
+def _child(specimen: Specimen, grid: Grid, pipe: Connection, device: str) -> None:
     logging.disable(logging.CRITICAL)
     torch.set_num_threads(1)
     # While this process has one thread, so that it may be forked.
@@ -189,7 +195,8 @@ def _child(specimen: Specimen, grid: Grid, pipe: Connection) -> None:
     # Threads change places often, so that races show.
     sys.setswitchinterval(1e-4)
     begun = time.monotonic()
-    report = drive(specimen, grid)
+    allow_tf32(False)
+    report = drive(specimen, grid, device)
     pipe.send(json.dumps(asdict(row_of(specimen, report, time.monotonic() - begun))))
     pipe.close()
     # Not the usual way out: a model's own threads must not be waited for.
@@ -278,6 +285,7 @@ def main() -> int:
     parser.add_argument("--grid", choices=GRIDS, default="full")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="specimens at once")
     parser.add_argument("--limit", type=float, default=600, help="seconds for one specimen")
+    parser.add_argument("--device", default="cpu", help="what the models run on, such as cuda")
     parser.add_argument("--write", type=Path, help="the page whose section is to be written")
     parser.add_argument("--json", action="store_true", help="print a line of JSON for each")
     options = parser.parse_args()

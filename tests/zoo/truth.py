@@ -47,8 +47,21 @@ class Truth:
         return [value for value in found if isinstance(value, torch.Tensor)]
 
 
-def truth_of(net: nn.Module, x: torch.Tensor | Mapping[str, torch.Tensor], seed: int = 0) -> Truth:
-    """Run a module on a copy of a batch, to its end, with a cloning hook on every submodule."""
+def truth_of(
+    net: nn.Module,
+    x: torch.Tensor | Mapping[str, torch.Tensor],
+    seed: int = 0,
+    device: str = "cpu",
+) -> Truth:
+    """Run a module on a copy of a batch, to its end, with a cloning hook on every submodule.
+
+    Args:
+        net: The module, which is moved to the device.
+        x: The batch.
+        seed: Seeds every generator of random numbers.
+        device: Where to run it. The clones are on the CPU.
+    """
+    net.to(device)
     truth = Truth()
     open_calls: dict[str, list[int]] = {}
     begun: Counter[str] = Counter()
@@ -74,15 +87,17 @@ def truth_of(net: nn.Module, x: torch.Tensor | Mapping[str, torch.Tensor], seed:
     handles = list(_hooks(net, before, after))
     # torch.manual_seed takes its time over devices that are not there.
     torch.default_generator.manual_seed(seed)
+    if device != "cpu":
+        torch.cuda.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if isinstance(x, Mapping):
-                net(**{name: tensor.clone() for name, tensor in x.items()})
+                net(**{name: tensor.clone().to(device) for name, tensor in x.items()})
             else:
-                net(x.clone())
+                net(x.clone().to(device))
     except Exception as error:  # noqa: BLE001 - whatever a model raises is part of the truth
         truth.error = f"{type(error).__name__}: {error}"
     for handle in handles:
@@ -149,7 +164,7 @@ def _plain(value: torch.Tensor) -> torch.Tensor | None:
         value = value.dequantize()
     if value.layout is not torch.strided or value.device.type == "meta" or value.is_nested:
         return None
-    return value.as_subclass(torch.Tensor).clone().resolve_conj().resolve_neg()
+    return value.as_subclass(torch.Tensor).clone().resolve_conj().resolve_neg().cpu()
 
 
 def mistake(got: np.ndarray, truth: torch.Tensor, *, tolerant: bool) -> str:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
-
 from layertap.errors import ExtractorUnsupportedError, InvalidInputError, LayerNotFoundError
-from layertap.extraction.attention import WEIGHTS
+from layertap.extraction.attention import UNUSED
 from layertap.extraction.catalogue import Catalogue, LayerEntry
 from layertap.extraction.interventions import REPORTS
 from layertap.extraction.kinds.registry import KINDS, REFERENCE
@@ -100,7 +98,8 @@ def _obstacle(model: LoadedModel, entry: LayerEntry, side: Capture) -> str:
         return f"the layer's {side} is not a single tensor"
     return (
         _obstacle_of_type(entry.specs[side])
-        or _obstacle_of_module(model, entry.points[side])
+        or _obstacle_of_program(model, entry.points[side])
+        or ("" if entry.is_used else UNUSED)
         or entry.refusal(REFERENCE.id, side)
     )
 
@@ -114,13 +113,10 @@ def _obstacle_of_type(spec: ValueSpec) -> str:
     return ""
 
 
-def _obstacle_of_module(model: LoadedModel, point: CapturePoint) -> str:
+def _obstacle_of_program(model: LoadedModel, point: CapturePoint) -> str:
     for path in programs(model.module):
         if not path or point.path == path or point.path.startswith(f"{path}."):
             return "it is, or is part of, a TorchScript program"
-    module = model.module.get_submodule(point.path)
-    if point.member[-1:] == (WEIGHTS,) and isinstance(module, nn.MultiheadAttention):
-        return "the module does not return its attention weights, so nothing depends on them"
     return ""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from layertap.errors import ExtractorUnsupportedError, InvalidInputError, LayerNotFoundError
+from layertap.extraction.attention import UNUSED
 from layertap.extraction.catalogue import Catalogue, LayerEntry, Support
 from layertap.extraction.kinds.base import Verdict
 from layertap.extraction.kinds.registry import KINDS, REFERENCE
@@ -41,7 +42,7 @@ def resolve_objective(
     entries, terms = [], []
     for key in keys:
         entry = catalogue.entry(key.layer) if key.layer else _result(catalogue)
-        reason = entry.refusal(REFERENCE.id, key.capture) or gradient_obstacle(entry, key.capture)
+        reason = entry.refusal(REFERENCE.id, key.capture) or _obstacle(entry, key.capture)
         if reason:
             raise ExtractorUnsupportedError(
                 f"objective: the {key.capture} of layer {entry.name!r} can't be used: {reason}"
@@ -60,6 +61,11 @@ def _result(catalogue: Catalogue) -> LayerEntry:
 
 def gradient_obstacle(entry: LayerEntry, side: Capture) -> str:
     """Return why one side of a layer has no gradient; empty if nothing indicates that."""
+    return _obstacle(entry, side) or ("" if entry.is_used else UNUSED)
+
+
+def _obstacle(entry: LayerEntry, side: Capture) -> str:
+    """Return why one side of a layer can't be differentiated; empty if nothing indicates that."""
     if entry.kind is PointKind.NODE:
         return "it is a node of the symbolic graph, not a module"
     spec = entry.specs.get(side)

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 __all__ = [
     "FUSED",
     "TOO_LARGE",
+    "UNUSED",
     "WEIGHTS",
     "Attended",
     "FusedAttention",
@@ -37,6 +38,8 @@ FUSED = (
     "attn_implementation='eager'), build it that way and request the layer that returns the weights"
 )
 TOO_LARGE = f"its attention weights are over {MOST_BYTES >> 20} MiB per item at this input size"
+
+UNUSED = "the module does not return its attention weights, so nothing depends on them"
 
 WEIGHTS = "attention_weights"
 """The last part of the name under which a layer offers its attention weights."""

@@ -69,6 +69,8 @@ class LayerEntry:
         same_as: If the module has several paths and ``name`` is not from the first of them: the
             layer's name from the first path. Else empty.
         is_result: Whether it is the model's own result, or a member of it.
+        is_used: Whether the model goes on with it. It doesn't with attention weights that a module
+            is asked for once more (see ``attention``), so nothing depends on them.
     """
 
     name: str
@@ -81,6 +83,7 @@ class LayerEntry:
     geometry: Geometry = field(default_factory=Geometry)
     same_as: str = ""
     is_result: bool = False
+    is_used: bool = True
 
     def refusal(self, extractor: Extractor, capture: Capture = Capture.OUTPUT) -> str:
         """Return why an extractor can't capture this side of the layer; empty if it can."""

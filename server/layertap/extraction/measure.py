@@ -491,7 +491,9 @@ def _module_entries(findings: Measurement) -> list[LayerEntry]:
         members.setdefault((), {})
         # What a client can request comes first: members of the output, then the container.
         for way, points in sorted(members.items(), key=lambda each: Capture.OUTPUT not in each[1]):
-            entries.extend(_named(replace(bare, points=points), path, call, way, findings))
+            asked_for = isinstance(modules[path], nn.MultiheadAttention) and WEIGHTS in way[-1:]
+            entry = replace(bare, points=points, is_used=not asked_for)
+            entries.extend(_named(entry, path, call, way, findings))
     return entries
 
 
