@@ -286,6 +286,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
     parser.add_argument("--together", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--add", action="store_true", help="keep the servers of earlier results")
     parser.add_argument("--tf32", action="store_true", help="allow TF32 on the GPU")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=1.0)
@@ -294,6 +295,8 @@ def main() -> None:
     options = parser.parse_args()
     keep_memory()
     allow_tf32(options.tf32)
+    name = "gpu_server_tf32" if options.tf32 else "gpu_server"
+    before = options.results / f"{name}.json"
     cuda = options.device == "cuda"
     results: dict[str, Any] = {
         "machine": common.machine("torch", "torchvision", "grpcio")
@@ -307,14 +310,14 @@ def main() -> None:
         results |= {
             "extractor": loop.extractor,
             "graphs": list(GRAPHS),
-            "servers": {},
+            "servers": json.loads(before.read_text("utf-8"))["servers"] if options.add else {},
             "loop": f"a CUDA graph at the batch sizes {loop.graphs}",
         }
         for together in options.together:
             with serving(options.device, together, options.tf32) as address:
                 check(address, loop, large)
                 row = results["servers"][f"max_batch_size {together}"] = {}
-                if together == min(options.together):
+                if together == 1:
                     row["latency"] = latency(address, loop, options.rounds, options.seconds)
                     row["large"] = large_replies(address, large, options.rounds * 3)
                 row["rates"] = rates(
@@ -322,7 +325,6 @@ def main() -> None:
                     rounds=options.rounds, seconds=options.seconds, processes=options.processes,
                 )  # fmt: skip
                 print(json.dumps(row), flush=True)
-            name = "gpu_server_tf32" if options.tf32 else "gpu_server"
             common.save(name, results, options.results)
     report.write(options.results)
 

@@ -41,7 +41,7 @@ def child(way: str, calls: int) -> None:
     with torch.inference_mode():
         model = load_model(ModelSpec(NET, weights="random"))
         catalogue = measure(model)
-        wanted = resolve(catalogue, (LayerSelection("**"),), Extractor.HOOK, max_layers=1024)
+        wanted = resolve(model, catalogue, (LayerSelection("**"),), Extractor.HOOK, max_layers=1024)
         builder = PlanBuilder(model, Taps(model.module), catalogue)
         plan = builder.build(Extractor.HOOK, wanted.pass_spec, model.signature.key)
         x = ordinary_batch(model, 1)

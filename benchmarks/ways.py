@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from layertap.extraction import Plan, PlanBuilder, Taps, measure
 from layertap.extraction.catalogue import Catalogue
 from layertap.extraction.verify import compiled_tolerance, difference
 from layertap.models import Batch, LoadedModel
-from layertap.selection import LayerSelection
+from layertap.selection import Capture, LayerSelection, is_glob
 from layertap.services.native_form import NativeForm
 from layertap.timings import Timings
 
@@ -62,8 +62,8 @@ class Ways:
         Raises:
             SystemExit: Where a way is wrong: a wrong answer has no speed.
         """
-        selections = tuple(LayerSelection(layer) for layer in layers)
-        wanted = resolve(self.catalogue, selections, Extractor.AUTO, max_layers=4096)
+        selections = tuple(LayerSelection(name) for name in self._names(layers))
+        wanted = resolve(self._model, self.catalogue, selections, Extractor.AUTO, max_layers=4096)
         truth = self._eager(wanted, x)
         ways: dict[str, Way] = {EAGER: lambda: self._eager(wanted, x)}
         self.refused = {}
@@ -87,6 +87,19 @@ class Ways:
             if self._cuda and extractor in (Extractor.HOOK, Extractor.TORCHSCRIPT):
                 ways |= self._graph(extractor, wanted, x, truth)
         return ways
+
+    def _names(self, layers: Sequence[str]) -> Iterator[str]:
+        """Yield the layers that globs match, and those named; see ``LayerEntry.is_used``.
+
+        Attention weights that no module returns can't be had from an eager pass.
+        """
+        for layer in layers:
+            if not is_glob(layer):
+                yield layer
+                continue
+            for entry in self.catalogue.match(layer):
+                if entry.is_used and entry.serves(Extractor.HOOK, Capture.OUTPUT):
+                    yield entry.name
 
     def _messages(self, plan: Plan, wanted: Resolved, x: Batch) -> dict[str, Way]:
         ways = {INTO_REPLY: lambda: _message(plan, wanted, x, self._staging)}

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -157,3 +160,67 @@ def test_a_model_that_looks_at_values_is_served_without_a_graph(engine, caplog) 
     for x in (torch.rand(1, *ITEM), -torch.rand(1, *ITEM)):
         answer = asking.ask(engine, "graphed", "second", x).torch()["second"]
         assert torch.equal(answer, outputs_of(module, x.to(DEVICE), "second")[0].cpu())
+
+
+def test_loading_tries_nothing_on_the_gpu_that_could_break_it(engine) -> None:
+    """Ids and lengths are tried on the CPU: one out of range would end all use of the GPU."""
+    engine.load(ModelSpec("lookupnets:TwoTables", "tables", item_shape=(8,)))
+    (spec,) = engine.host("tables").model.signature.inputs
+    assert spec.dtype is torch.int64
+    assert spec.values.rows == 30
+    ids = torch.randint(0, 30, (2, 8))
+    value = asking.ask(engine, "tables", "kinds", ids, Extractor.HOOK).torch()["kinds"]
+    table = engine.host("tables").model.module.kinds.weight.cpu()
+    assert torch.equal(value, table[ids])
+    assert engine.alive
+
+
+LOST = """
+import sys
+import numpy as np
+import asking
+from layertap import errors
+from layertap.engine import Engine
+from layertap.models import ModelSpec
+from tinynets import ITEM
+
+engine = Engine(device="cuda")
+try:
+    engine.load(ModelSpec("lookupnets:Rounds", "rounds", item_shape=(3,), input_dtype="float32"))
+    engine.load(ModelSpec("tinynets:residual", item_shape=ITEM))
+    image = np.zeros((1, *ITEM), np.float32)
+    asking.ask(engine, "residual", "layer1", image)
+    assert engine.alive
+    try:
+        asking.ask(engine, "rounds", "last", np.full((1, 3), 1000, np.float32))
+        sys.exit("no error")
+    except errors.ModelRunError as error:
+        print("first:", error)
+    for _ in range(3):
+        try:
+            asking.ask(engine, "residual", "layer1", image)
+            sys.exit("served")
+        except (errors.ModelRunError, errors.UnavailableError) as error:
+            print("then:", type(error).__name__, error)
+    assert isinstance(error, errors.UnavailableError)
+    assert not engine.alive
+finally:
+    engine.close()
+print("closed")
+"""
+
+
+def test_a_lost_gpu_is_said_and_the_engine_is_not_alive() -> None:
+    """After a failed assertion on the device requests are refused with what to do, at once."""
+    folders = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", LOST],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(folders)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert "then: UnavailableError device cuda:0 can't be used any more" in done.stdout
+    assert done.stdout.endswith("closed\n")

@@ -14,6 +14,7 @@ Note [One compute thread]
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import CancelledError as FutureCancelledError
@@ -29,6 +30,7 @@ from layertap.batching import ALONE, BatchPolicy, BatchQueue, ClosedError
 from layertap.call import Call
 from layertap.engine.admission import Reservation
 from layertap.engine.intra_op import intra_op_cores, set_intra_op, start_team
+from layertap.engine.lost_device import loss_of
 from layertap.errors import (
     CancelledError,
     DeadlineExceededError,
@@ -39,6 +41,8 @@ from layertap.extraction.gate import forward_passes
 from layertap.threads import require_threads
 
 __all__ = ["ComputeThreads", "Part"]
+
+_log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -112,14 +116,23 @@ class ComputeThreads:
         instances: The number of threads.
         intra_op: Cores that each thread computes with. None leaves this to PyTorch, which uses all
             cores of the machine, but no more than the process may use.
+        device: The device that the jobs use. Once it is lost (see ``lost_device``), every job is
+            refused.
 
     Raises:
         UnavailableError: If the system does not allow this many threads.
     """
 
-    def __init__(self, instances: int = 1, intra_op: int | None = None) -> None:
+    def __init__(
+        self,
+        instances: int = 1,
+        intra_op: int | None = None,
+        device: torch.device | None = None,
+    ) -> None:
         self.instances = instances
         self._intra_op = intra_op
+        self._device = device or torch.device("cpu")
+        self._lost = ""
         self._queue: BatchQueue[_Job[Any, Any]] = BatchQueue()
         self._threads = [
             threading.Thread(target=self._work, name=f"layertap-compute-{index}")
@@ -132,8 +145,8 @@ class ComputeThreads:
 
     @property
     def alive(self) -> bool:
-        """Whether all of the threads run."""
-        return all(thread.is_alive() for thread in self._threads)
+        """Whether all of the threads run, and their device works."""
+        return not self._lost and all(thread.is_alive() for thread in self._threads)
 
     def run(self, job: Callable[[], R], call: Call, pins: Sequence[Reservation] = ()) -> R:
         """Run a job under ``torch.inference_mode`` and return its result.
@@ -229,6 +242,9 @@ class ComputeThreads:
     def _put(
         self, job: _Job[Any, Any], key: Hashable, part: Part[Any], policy: BatchPolicy
     ) -> None:
+        if self._lost:
+            job.future.cancel()
+            raise UnavailableError(self._lost)
         try:
             self._queue.put(job, key, part.size, policy, length=part.length)
         except ClosedError:
@@ -250,10 +266,22 @@ class ComputeThreads:
         while jobs := self._queue.take():
             wanted = [job for job in jobs if job.begin()]
             if wanted:
-                with forward_passes(), torch.inference_mode():
-                    _settle(wanted)
+                self._run_all(wanted)
             # Otherwise the last batch's tensors would live until the next batch comes.
             del jobs, wanted
+
+    def _run_all(self, jobs: Sequence[_Job[Any, Any]]) -> None:
+        if self._lost:  # They were admitted before it was.
+            for job in jobs:
+                job.future.set_exception(UnavailableError(self._lost))
+            return
+        with forward_passes(), torch.inference_mode():
+            _settle(jobs)
+        for job in jobs:
+            lost = "" if self._lost else loss_of(self._device, job.future.exception())
+            if lost:
+                self._lost = lost
+                _log.critical("%s", lost)
 
 
 def _settle(jobs: Sequence[_Job[Any, Any]]) -> None:

@@ -70,7 +70,7 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """Whether all compute threads run; if one has ended, requests would get no answer."""
+        """Whether all compute threads run and their devices work, so that requests are answered."""
         with self._lock:
             return all(threads.alive for threads in self._compute.values())
 
@@ -259,7 +259,7 @@ class Engine:
             if device not in self._compute:
                 alike = device.type == self._device.type
                 self._compute[device] = ComputeThreads(
-                    *(self._instances if alike else (1, self._cores))
+                    *(self._instances if alike else (1, self._cores)), device=device
                 )
             return self._compute[device]
 

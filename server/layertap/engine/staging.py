@@ -75,6 +75,8 @@ class Staging:
         value is dense.
         """
         clone = value.detach().resolve_conj().resolve_neg().clone()
+        if clone.device.type == "cpu":  # A layer, or a count, that is not computed on the device.
+            return clone
         host = torch.empty_strided(
             clone.size(), clone.stride(), dtype=clone.dtype, device="cpu", pin_memory=True
         )

@@ -7,6 +7,13 @@ Note [Found by trying]
     until one works, then with each dimension at half and at twice its size. What works is used. A
     declared input is not tested.
 
+Note [Tried on the CPU]
+    Some of these runs fail: a longer text than the table of positions has rows, an id that a second
+    table lacks. On a CPU the model raises an error. On a GPU an index that is out of range stops a
+    kernel by an assertion, after which the process can't use the device any more (see
+    ``engine.lost_device``). So a copy of the model on the CPU is tried. A model that runs on its
+    GPU only, because its code names the device, is tried there.
+
 Note [Differentiation inside forward]
     A force field differentiates its own energy in ``forward``. Passes run in inference mode, which
     forbids that for every tensor made in it; ``torch.no_grad`` allows it. So models are loaded
@@ -15,6 +22,7 @@ Note [Differentiation inside forward]
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -53,8 +61,8 @@ _LOOK_UP = {
 def tried(model: LoadedModel, scope: PassScope | None = None) -> LoadedModel:
     """Return a model with the facts about its input that its source did not know.
 
-    See Note [Found by trying] and Note [Differentiation inside forward]. No other forward pass may
-    run meanwhile.
+    See Note [Found by trying], Note [Tried on the CPU] and Note [Differentiation inside forward].
+    No other forward pass may run meanwhile.
 
     Args:
         model: The model.
@@ -66,17 +74,34 @@ def tried(model: LoadedModel, scope: PassScope | None = None) -> LoadedModel:
         ModelLoadError: The model runs on no element types and shapes that were tried.
     """
     inputs = model.signature.inputs
-    guessed = any(each.guess for each in inputs)
-    optional = any(each.optional for each in inputs)
-    if not guessed and not optional and all(each.dtype.is_floating_point for each in inputs):
+    open_ = any(each.guess or each.optional for each in inputs)
+    if not open_ and all(each.dtype.is_floating_point for each in inputs):
         return model
     for program in programs(model.module).values():
         # The first run decides permanently how a program's calls are compiled.
         instrument(program)
+    if model.device.type != "cpu":
+        try:
+            found = _tried(_on_cpu(model))
+        except Exception as error:  # noqa: BLE001 - a copy may fail in any way; see the note
+            _log.info("model %s can't be tried on the CPU: %s", model.name, own_words(error))
+        else:
+            return replace(found, module=model.module, device=model.device)
+    return _tried(model, scope)
+
+
+def _on_cpu(model: LoadedModel) -> LoadedModel:
+    with torch.inference_mode(False), torch.no_grad():
+        module = copy.deepcopy(model.module).to("cpu")
+    return replace(model, module=module, device=torch.device("cpu"))
+
+
+def _tried(model: LoadedModel, scope: PassScope | None = None) -> LoadedModel:
+    inputs = model.signature.inputs
     scope = scope or PassScope(model.module)
-    if guessed:
+    if any(each.guess for each in inputs):
         model = _that_runs(model, scope)
-    if optional:
+    if any(each.optional for each in inputs):
         model = _with_optional(model, scope)
     free = free_dimensions(model, partial(_runs, model, scope))
     with torch.inference_mode():
