@@ -80,14 +80,15 @@ bench: .venv/.built ## what layers and replies cost, in minutes; writes benchmar
 
 # For a machine with a GPU, which may have neither network nor the versions of constraints.txt: with
 # the Python and the torch that are there, and nothing installed.
+CUDA_RESULTS = benchmarks/cuda
 bench-cuda: ## extractors, CUDA graphs and a server on a GPU, in minutes: make bench-cuda PYTHON=python3
 	$(PYTHON) setup.py --quiet egg_info build_ext --inplace
 	PYTHONPATH=server $(PYTHON) -W ignore benchmarks/bench_matrix.py --device cuda \
-	  --batches 1 8 32 --seconds 1 --results benchmarks/cuda $(ARGS)
+	  --batches 1 8 32 --seconds 1 --results $(CUDA_RESULTS) $(ARGS)
 	PYTHONPATH=server $(PYTHON) -W ignore benchmarks/bench_matrix.py --device cuda --tf32 \
-	  --batches 1 32 --sets shallow deep --seconds 1 --results benchmarks/cuda
+	  --batches 1 32 --sets shallow deep --seconds 1 --results $(CUDA_RESULTS)
 	PYTHONPATH=server $(PYTHON) -W ignore benchmarks/bench_gpu_server.py --rounds 5 \
-	  --results benchmarks/cuda
+	  --results $(CUDA_RESULTS)
 
 bench-sentences: .venv/.built build/sentences/.installed ## sentences a second, beside sentence-transformers
 	PYTHONPATH=server build/sentences/bin/python -W ignore benchmarks/bench_sentences.py $(ARGS)

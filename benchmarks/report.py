@@ -24,7 +24,8 @@ Section = Callable[[dict[str, Any], Path], str]
 TITLE = """# Benchmarks
 
 `make bench` runs short versions of all benchmarks, and `make bench ARGS="--rounds 30"` longer ones.
-Both write this page from [results](results); [cuda](cuda/README.md) has the results for a GPU.
+Both write this page from [results](results); [cuda](cuda/README.md) and
+[cuda_h200](cuda_h200/README.md) have the results for GPUs.
 Times depend on the machine and its load, so quote the ratios, which are measured within one run.
 Outputs are verified before timing.
 """

@@ -333,12 +333,14 @@ class _Proof:
         error = float((gradient.to(expected) - expected).abs().max())
         # Gradients that cancel out are only the rounding of larger ones, different on each device.
         rounding = ROUNDING * torch.finfo(self._dtype).eps * largest
-        relative = 0.0 if error <= rounding else error / scale if scale else float("inf")
-        if not relative <= TOLERANCE[self._dtype]:
-            row.wrong.append(f"{value.selection} ({self._name}): {relative:.1e} of {scale:.1e}")
-        else:
+        relative = error / scale if scale else (float("inf") if error else 0.0)
+        if relative <= TOLERANCE[self._dtype]:
             row.right[self._name] += 1
             row.worst[self._name] = max(row.worst[self._name], relative)
+        elif error <= rounding:
+            row.right[self._name] += 1
+        else:
+            row.wrong.append(f"{value.selection} ({self._name}): {relative:.1e} of {scale:.1e}")
 
     def _refused(self, value: Value, reason: str, truth: Truth) -> None:
         line = reason.splitlines()[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,6 +12,7 @@ import torch
 
 from layertap import errors
 from layertap.call import Call
+from layertap.engine import compute as compute_module
 from layertap.engine.compute import ComputeThreads, Part
 
 
@@ -155,3 +157,40 @@ def test_if_a_part_fails_the_waiting_ones_do_not_run(compute) -> None:
             done.result(30)
     assert len(ran) < 50
     assert not len(compute._queue._batcher)
+
+
+def test_jobs_are_refused_once_the_device_is_lost(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those that waited get the reason as well, and the threads count as not alive.
+
+    What a GPU says when it is lost is tested on one (``test_cuda.py``).
+    """
+    monkeypatch.setattr(
+        compute_module, "loss_of", lambda _, error: "device cuda:0 is lost" if error else ""
+    )
+    threads = ComputeThreads()
+    try:
+        assert threads.run(lambda: 1, Call()) == 1
+        assert threads.alive
+        blocked = Blocked(threads)
+        with ThreadPoolExecutor(2) as pool:
+            failing = pool.submit(threads.run, lambda: 1 // 0, Call())
+            while len(threads._queue._batcher) < 1:
+                time.sleep(0.001)
+            waiting = pool.submit(threads.run, lambda: 2, Call())
+            while len(threads._queue._batcher) < 2:
+                time.sleep(0.001)
+            blocked.release()
+            with pytest.raises(ZeroDivisionError):
+                failing.result(30)
+            with pytest.raises(errors.UnavailableError, match="cuda:0 is lost"):
+                waiting.result(30)
+        assert not threads.alive
+        with pytest.raises(errors.UnavailableError, match="cuda:0 is lost"):
+            threads.run(lambda: 3, Call())
+        assert [r.message for r in caplog.records if r.levelname == "CRITICAL"] == [
+            "device cuda:0 is lost"
+        ]
+    finally:
+        threads.close()

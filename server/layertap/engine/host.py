@@ -26,6 +26,7 @@ from layertap.errors import (
 from layertap.extraction.catalogue import Catalogue, side_name
 from layertap.extraction.checkpoints import Checkpoints
 from layertap.extraction.claims import kept_claims
+from layertap.extraction.cpu_twin import with_twin
 from layertap.extraction.guards import GuardTree, Outcome, in_words
 from layertap.extraction.kinds.base import ExtractorKind
 from layertap.extraction.kinds.registry import KINDS, REFERENCE, kind_of
@@ -142,7 +143,7 @@ class ModelHost:
     ) -> None:
         call = call or Call()
         scope = compute.run(lambda: PassScope(model.module), call)
-        self.model = model = compute.run(lambda: tried(model, scope), call)
+        self.model = model = compute.run(lambda: with_twin(tried(model, scope)), call)
         self.preparing = preparing or compute
         self.options = options or HostOptions()
         self.declared: list[LayerSelection] = []

@@ -14,7 +14,8 @@ Note [Samples that reach]
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import replace
 
 import torch
 
@@ -121,8 +122,8 @@ def _batch(
             values = fill(shape, generator)
         else:
             values = ids(spec, shape, generator)
-        tensors[spec.name] = values.to(model.device, spec.dtype)
-    return Batch(tensors)
+        tensors[spec.name] = values.to(spec.dtype)
+    return _vetted(model, Batch(tensors), (seed, fill, ids))
 
 
 def _made(example: Example, model: LoadedModel, size: int, key: BatchKey, seed: int) -> Batch:
@@ -139,7 +140,16 @@ def _made(example: Example, model: LoadedModel, size: int, key: BatchKey, seed: 
             f"model {model.name!r}: its example function did not return {wrong[0]} for a batch of "
             f"{size}"
         )
-    return Batch({item.name: made[item.name].to(model.device) for item in key.items})
+    return _vetted(model, Batch({item.name: made[item.name] for item in key.items}), seed)
+
+
+def _vetted(model: LoadedModel, batch: Batch, identity: Hashable) -> Batch:
+    """Return a batch on the model's device, which its ``forward`` refuses if the twin fails."""
+    there = batch.map(lambda tensor: tensor.to(model.device))
+    if model.twin is None:
+        return there
+    here = batch.map(lambda tensor: tensor.to("cpu"))
+    return replace(there, refusal=model.twin.refusal(model, here, identity))
 
 
 def _is_item(made: torch.Tensor | None, item: ItemTensor, size: int) -> bool:

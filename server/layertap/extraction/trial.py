@@ -22,7 +22,6 @@ Note [Differentiation inside forward]
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -35,6 +34,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from layertap.errors import ModelLoadError
+from layertap.extraction.cpu_twin import on_cpu
 from layertap.extraction.free_dimensions import free_dimensions
 from layertap.extraction.id_range import with_id_ranges
 from layertap.extraction.own_words import own_words
@@ -82,18 +82,12 @@ def tried(model: LoadedModel, scope: PassScope | None = None) -> LoadedModel:
         instrument(program)
     if model.device.type != "cpu":
         try:
-            found = _tried(_on_cpu(model))
+            found = _tried(on_cpu(model))
         except Exception as error:  # noqa: BLE001 - a copy may fail in any way; see the note
             _log.info("model %s can't be tried on the CPU: %s", model.name, own_words(error))
         else:
             return replace(found, module=model.module, device=model.device)
     return _tried(model, scope)
-
-
-def _on_cpu(model: LoadedModel) -> LoadedModel:
-    with torch.inference_mode(False), torch.no_grad():
-        module = copy.deepcopy(model.module).to("cpu")
-    return replace(model, module=module, device=torch.device("cpu"))
 
 
 def _tried(model: LoadedModel, scope: PassScope | None = None) -> LoadedModel:

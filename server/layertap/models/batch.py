@@ -73,9 +73,11 @@ class Batch(Mapping[str, torch.Tensor]):
 
     Attributes:
         tensors: The tensors by input name, in the order of the model's inputs. At least one.
+        refusal: Why the model must not run it; empty if it may. See ``LoadedModel.twin``.
     """
 
     tensors: dict[str, torch.Tensor]
+    refusal: str = ""
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """Return the tensor of an input."""
@@ -127,7 +129,8 @@ class Batch(Mapping[str, torch.Tensor]):
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         """Return a batch with ``change`` applied to every tensor."""
-        return Batch({name: change(tensor) for name, tensor in self.tensors.items()})
+        tensors = {name: change(tensor) for name, tensor in self.tensors.items()}
+        return Batch(tensors, self.refusal)
 
     def clone(self) -> Batch:
         """Return a copy, for a model that writes into its input."""
@@ -140,7 +143,9 @@ class Batch(Mapping[str, torch.Tensor]):
     @staticmethod
     def cat(batches: Sequence[Batch]) -> Batch:
         """Concatenate batches of one key."""
-        return Batch({name: torch.cat([batch[name] for batch in batches]) for name in batches[0]})
+        refusals = (batch.refusal for batch in batches if batch.refusal)
+        tensors = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+        return Batch(tensors, next(refusals, ""))
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from contextvars import copy_context
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -61,6 +61,13 @@ class Built:
     more: bool = False
 
 
+class Twin(Protocol):
+    """A copy of a model that runs samples first; see ``extraction.cpu_twin``."""
+
+    def refusal(self, model: LoadedModel, batch: Batch, identity: Hashable) -> str:
+        """Return the error with which the copy fails on a batch; empty if it runs to its end."""
+
+
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     """A model ready to run.
@@ -87,6 +94,7 @@ class LoadedModel:
             forbids: its passes run under ``torch.no_grad`` instead.
         arguments: Makes the arguments of the module's ``forward`` of a batch.
         example: Makes example batches; None where random ones of the inputs' types will do.
+        twin: Tells on which samples the model would fail; None for a model on the CPU.
     """
 
     name: str
@@ -105,6 +113,7 @@ class LoadedModel:
     audio_inputs: tuple[str, ...] = ()
     arguments: Arguments = field(default_factory=Arguments)
     example: Example | None = None
+    twin: Twin | None = None
 
     def forward(self, batch: Batch) -> Any:
         """Call the module on a batch that is on ``device``, and return its result.
@@ -113,6 +122,8 @@ class LoadedModel:
         exceptions are passed on. Context variables that the module sets are dropped after the call,
         because a pass that ends early would leave them set for the next pass.
         """
+        if batch.refusal:
+            raise RuntimeError(batch.refusal)
         return copy_context().run(self._call, batch)
 
     def _call(self, batch: Batch) -> Any:
