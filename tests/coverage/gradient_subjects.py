@@ -81,7 +81,10 @@ class GradientSubject:
                 return _settled(self.build()).to(dtype).eval().requires_grad_(False)
 
         if self.inputs:
-            build.inputs = dict(self.inputs)  # type: ignore[attr-defined]
+            own = str(dtype).removeprefix("torch.")
+            build.inputs = {  # type: ignore[attr-defined]
+                name: text.replace("float32", own) for name, text in self.inputs.items()
+            }
         return build
 
 

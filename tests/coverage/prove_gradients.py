@@ -9,9 +9,11 @@ with that of a reference without in-place modules (``gradient_truths.py``). The 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
 import multiprocessing
+import operator
 import os
 import sys
 import time
@@ -21,7 +23,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -39,6 +41,7 @@ from layertap.engine.resolve_objective import gradient_obstacle
 from layertap.errors import LayertapError
 from layertap.extraction.catalogue import LayerEntry
 from layertap.extraction.points import PointKind
+from layertap.objective import MAX_TERMS
 from layertap.selection import Capture, Extractor
 from layertap.settings import Limits
 
@@ -116,6 +119,22 @@ class Value:
     batched: bool
 
 
+class Weighted(NamedTuple):
+    """A result of the model as a part of the score.
+
+    Attributes:
+        name: The result's name in the catalogue.
+        way: The keys that lead to it in what the model returns.
+        value: Its value.
+        vector: What it is multiplied by.
+    """
+
+    name: str
+    way: tuple[str, ...]
+    value: torch.Tensor
+    vector: torch.Tensor
+
+
 def prove(subject: GradientSubject, device: str = "cpu") -> Row:
     """Compare every gradient of a model, in both dtypes.
 
@@ -162,11 +181,10 @@ class _Proof:
         source = f"{__name__}:factory"
         with layertap.load(source, device=self._device, threads=1, limits=limits, **given) as model:
             values = self._values(model)
-            result = next(entry for entry in model.host.catalogue if entry.is_result)
             for size in (2, 1):
                 mine = [value for value in values if value.batched == (size == 2)]
                 if mine:
-                    self._compare(model, mine, result, size)
+                    self._compare(model, mine, size)
 
     def _values(self, model: LocalModel) -> list[Value]:
         found: dict[Place, Value] = {}
@@ -189,26 +207,48 @@ class _Proof:
         self._row.members = sum(bool(place.member) for place in found)
         return list(found.values())
 
-    def _compare(
-        self, model: LocalModel, values: Sequence[Value], result: LayerEntry, size: int
-    ) -> None:
-        place = result.points[Capture.OUTPUT].member
-        dtype = self._dtype
+    def _weighted(self, model: LocalModel, size: int) -> list[Weighted]:
+        """Return the results that the score is made of, with a random vector for each.
+
+        They are the floating-point ones whose items do not grow with the batch, as a table of the
+        similarities of all images and all texts does.
+        """
         with torch.no_grad():
-            plain = find(self._there.run(self._build(), size, dtype), place)
-        vector = torch.randn(plain.shape, generator=torch.Generator().manual_seed(5)).to(dtype)
-        there = vector.to(plain.device)
+            pair, one = (self._there.run(self._build(), rows, self._dtype) for rows in (2, 1))
+        entries = [each for each in model.host.catalogue if each.is_result and each.points]
+        found = []
+        for entry in entries:
+            way = entry.points[Capture.OUTPUT].member
+            of_pair, of_one = find(pair, way), find(one, way)
+            grows = of_pair.shape[1:] != of_one.shape[1:] or of_pair.shape[:1] != (2,)
+            if not grows and not gradient_obstacle(entry, Capture.OUTPUT):
+                found.append((entry.name, way, of_pair if size == 2 else of_one))
+        if not found:
+            way = entries[0].points[Capture.OUTPUT].member
+            found = [(entries[0].name, way, find(pair if size == 2 else one, way))]
+        return [
+            Weighted(name, way, value, _random(value.shape, 5 + index).to(self._dtype))
+            for index, (name, way, value) in enumerate(found[:MAX_TERMS])
+        ]
+
+    def _compare(self, model: LocalModel, values: Sequence[Value], size: int) -> None:
+        dtype = self._dtype
+        results = self._weighted(model, size)
+        there = [each.vector.to(self._device) for each in results]
 
         def score(returned: Any) -> torch.Tensor:
-            return (find(returned, place) * there).sum()
+            parts = zip(results, there, strict=True)
+            return sum((find(returned, each.way) * vector).sum() for each, vector in parts)
 
-        objective = Objective.dot(result.name, vector)
+        terms = [Objective.dot(each.name, each.vector) for each in results]
+        objective = functools.reduce(operator.add, terms)
         for group in _groups(values):
             truth = self._truth([value.place for value in group], score, size)
-            off = (find(truth.result, place) - plain).abs().max()
-            if off > TOLERANCE[dtype] * plain.abs().max():
-                self._row.error = f"the reference returns something else: {float(off):.1e}"
-                return
+            for each in results:
+                off = (find(truth.result, each.way) - each.value).abs().max()
+                if off > TOLERANCE[dtype] * each.value.abs().max():
+                    self._row.error = f"the reference returns something else: {float(off):.1e}"
+                    return
             if dtype is torch.float64:
                 self._confirm(truth, score, size)
             known = [value for value in group if truth.gradients[value.place] is not None]
@@ -237,7 +277,9 @@ class _Proof:
         if inputs:
             with torch.enable_grad():
                 total = score(run(_without_in_place(self._build())))
-                found = torch.autograd.grad(total, list(zeros.values()), allow_unused=True)
+                found: tuple[torch.Tensor | None, ...] = (None,) * len(zeros)
+                if total.requires_grad:
+                    found = torch.autograd.grad(total, list(zeros.values()), allow_unused=True)
             truth.gradients.update(zip(zeros, found, strict=True))
         return truth
 
@@ -355,6 +397,10 @@ class _Proof:
             self._row.refused[kind] = self._row.refused.get(kind, 0) + 1
 
 
+def _random(shape: Sequence[int], seed: int) -> torch.Tensor:
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
+
+
 def _value(entry: LayerEntry, side: Capture, place: Place) -> Value:
     name = entry.name.replace("\\", "\\\\").replace(":", "\\:").replace("=", "\\=")
     suffix = "gradient" if side is Capture.OUTPUT else "input_gradient"
@@ -402,7 +448,8 @@ HEADER = """## Gradients
 
 The gradient of every value of every model below that the catalogue says can have one: outputs and
 inputs of every call of every module, members of tuples, dicts and dataclasses, and the model's own
-inputs. The objective is a random vector times the model's result. Each gradient is held against
+inputs. The objective is a random vector times the model's result, or the sum of such terms for its
+results. Each gradient is held against
 that of a fresh module without in-place modules, where a zero was added to the value at the moment
 at which the module returned it: float64 to 1e-6 and float32 to 1e-4 of the gradient's largest
 magnitude. The reference itself was compared with central differences of the unchanged module, which
