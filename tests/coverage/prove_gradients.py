@@ -210,24 +210,25 @@ class _Proof:
     def _weighted(self, model: LocalModel, size: int) -> list[Weighted]:
         """Return the results that the score is made of, with a random vector for each.
 
-        They are the floating-point ones whose items do not grow with the batch, as a table of the
-        similarities of all images and all texts does.
+        They are the floating-point ones that the model computes with gradients, and whose items do
+        not grow with the batch, as a table of the similarities of all images and all texts does.
         """
-        with torch.no_grad():
-            pair, one = (self._there.run(self._build(), rows, self._dtype) for rows in (2, 1))
+        with torch.enable_grad():
+            net = self._build().requires_grad_(True)
+            pair, one = (self._there.run(net, rows, self._dtype) for rows in (2, 1))
         entries = [each for each in model.host.catalogue if each.is_result and each.points]
         found = []
         for entry in entries:
             way = entry.points[Capture.OUTPUT].member
             of_pair, of_one = find(pair, way), find(one, way)
             grows = of_pair.shape[1:] != of_one.shape[1:] or of_pair.shape[:1] != (2,)
-            if not grows and not gradient_obstacle(entry, Capture.OUTPUT):
+            if of_pair.requires_grad and not grows and not gradient_obstacle(entry, Capture.OUTPUT):
                 found.append((entry.name, way, of_pair if size == 2 else of_one))
         if not found:
             way = entries[0].points[Capture.OUTPUT].member
             found = [(entries[0].name, way, find(pair if size == 2 else one, way))]
         return [
-            Weighted(name, way, value, _random(value.shape, 5 + index).to(self._dtype))
+            Weighted(name, way, value.detach(), _random(value.shape, 5 + index).to(self._dtype))
             for index, (name, way, value) in enumerate(found[:MAX_TERMS])
         ]
 

@@ -32,8 +32,11 @@ def test_every_gradient_equals_the_reference() -> None:
     assert row.checked == prove_gradients.SAMPLES
 
 
-def test_layers_without_influence_are_refused_with_the_reason() -> None:
+def test_layers_without_influence_are_refused_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A layer on which the score does not depend is refused, and the table says how many are."""
+    monkeypatch.setattr(prove_gradients, "MAX_TERMS", 1)
     images = torch.randn(2, *gradnets.IMAGE, generator=torch.Generator().manual_seed(3))
     row = prove(
         GradientSubject(
@@ -49,6 +52,24 @@ def test_layers_without_influence_are_refused_with_the_reason() -> None:
     # The later layer, the side branch and the one without gradients, with some of their inputs.
     assert row.refused["the objective does not depend on it"] >= 3
     assert row.never > 0
+
+
+def test_the_score_is_made_of_every_result_with_gradients() -> None:
+    """With all results in the score only the branch that has no gradients is left without one."""
+    images = torch.randn(2, *gradnets.IMAGE, generator=torch.Generator().manual_seed(3))
+    row = prove(
+        GradientSubject(
+            "branches",
+            "torchvision",
+            lambda: gradnets.branches().float(),
+            gradnets.IMAGE,
+            images,
+        )
+    )
+    assert row.error == ""
+    assert row.wrong == []
+    # Its value, its input, and the member of the result that is this value.
+    assert row.refused == {"the objective does not depend on it": 3}
 
 
 def test_the_proof_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
