@@ -54,7 +54,7 @@ ROUNDING = 16
 DIFFERENCE = 5e-3
 """How far the reference may be from a central difference, relative to it."""
 
-STEPS = (1e-6, 1e-4, 1e-3, 1e-2)
+STEPS = (1e-9, 1e-6, 1e-4, 1e-3, 1e-2)
 """Steps of these differences; models such as Llama round to float32 inside and need larger ones."""
 
 SAMPLES = 6

@@ -20,6 +20,7 @@ import layertap
 import statefulnets
 from gradient_oracle import changed, not_in_place, with_gradients
 from layertap import Intervention, LocalModel, errors
+from layertap.extraction import edit_plan
 from layertap.extraction.containers import replaced
 from layertap.extraction.points import PointKind
 from layertap.intervention import parse_interventions
@@ -624,6 +625,65 @@ def test_sets_give_what_single_requests_give(case: str, load: Callable[[str], Lo
     expands = getattr(plan.built, "expands", None)
     refusing = ("editnets:concatenates", "editnets:rolls", "gradnets:coupled")
     assert expands == (net not in refusing)
+
+
+def test_rows_are_limited_by_the_values_behind_the_first_change(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What runs before the change has a single row, so its large values don't limit the sets."""
+    x = batch("editnets:resnet18", 1)
+    row = 10_000  # Bytes: four values of layer4 have less, and one of conv1 has more.
+    monkeypatch.setattr(edit_plan, "SET_BYTES", 20 * row)
+    with layertap.load("editnets:resnet18", item_shape=editnets.IMAGE, device="cpu") as model:
+        runs: list[int] = []
+        sets = [[f"layer4:channel={channel}:zero"] for channel in range(20)]
+        alone = model.extract(x, "fc", interventions=sets[-1])["fc"]
+        model.extract(x, "fc", interventions=sets)  # The trials of the plan run here.
+        stem = model.host.model.module.conv1
+        stem.register_forward_hook(lambda *_: runs.append(1))
+        together = model.extract(x, "fc", interventions=sets)["fc"]
+        assert len(runs) == 1
+        torch.testing.assert_close(together[-1:], alone, rtol=1e-5, atol=1e-6)
+        runs.clear()
+        model.extract(x, "fc", interventions=[[f"conv1:channel={c}:zero"] for c in range(20)])
+        runs.clear()
+        model.extract(x, "fc", interventions=[[f"conv1:channel={c}:zero"] for c in range(20)])
+        assert len(runs) > 1
+
+
+@pytest.mark.parametrize(
+    ("points", "present", "absent"),
+    [
+        ([("layer4", "output", 0)], {"layer4", "avgpool", "fc"}, {"layer3", "layer4.0.conv1"}),
+        ([("layer3", "output", 0)], {"layer3", "layer4.0.conv1", "fc"}, {"layer3.0.conv1", "bn1"}),
+        ([("layer3", "input", 0)], {"layer3", "layer3.0.conv1", "fc"}, {"layer2.0.conv1", "bn1"}),
+        # A value inside of layer3 changes before that of layer3 does.
+        (
+            [("layer3", "output", 0), ("layer3.0.bn1", "output", 0)],
+            {"layer3", "layer3.0.conv2", "layer4"},
+            {"layer2.0.conv1"},
+        ),
+        # The modules around the value return after it.
+        ([("layer1.0.conv2", "output", 0)], {"layer1.0", "layer1", "layer1.1.conv1"}, {"bn1"}),
+    ],
+)
+def test_which_values_are_behind_a_change(
+    load: Callable[[str], LocalModel],
+    points: list[tuple[str, str, int]],
+    present: set[str],
+    absent: set[str],
+) -> None:
+    """Those of layers that begin later, of the modules around, and none from before."""
+    catalogue = load("editnets:resnet18").host.catalogue
+    chosen = [catalogue.entry(name).points[Capture(side)] for name, side, _ in points]
+    behind = edit_plan._behind(catalogue, chosen)
+
+    def is_there(name: str) -> bool:
+        spec = catalogue.entry(name).specs[Capture.OUTPUT]
+        return any(spec is each for each in behind)
+
+    assert {name for name in present if not is_there(name)} == set()
+    assert {name for name in absent if is_there(name)} == set()
 
 
 def test_sets_can_patch_between_items(load: Callable[[str], LocalModel]) -> None:

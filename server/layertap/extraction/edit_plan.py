@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -37,15 +37,16 @@ from layertap.extraction.out_of_memory import is_out_of_memory
 from layertap.extraction.own_words import own_words
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.plan import EditFacts, Findings, Plan, PlanKey
-from layertap.extraction.points import CapturePoint, Dim, ValueSpec
+from layertap.extraction.points import CapturePoint, Dim, PointKind, ValueSpec
 from layertap.extraction.prover import Prover
 from layertap.extraction.samples import ordinary_batch
 from layertap.extraction.taps import Edit, Watch
 from layertap.extraction.verify import compiled_tolerance, mismatch
 from layertap.models import Batch
+from layertap.selection import Capture
 
 if TYPE_CHECKING:
-    from layertap.extraction.catalogue import Catalogue
+    from layertap.extraction.catalogue import Catalogue, LayerEntry
 
 __all__ = ["EditPlanner"]
 
@@ -109,7 +110,8 @@ class EditPlanner:
         plain = spec.objective is None
         specs = tuple(known[point] for point in points) if plain else base.specs
         site_specs = [known[site.point] for site in spec.sites]
-        rows = self._most_rows(key) if spec.sets > 1 else 1
+        bytes_of_row = self._row_bytes(key, expands=expands) if spec.sets > 1 else 0
+        rows = max(1, min(MAX_ROWS, SET_BYTES // max(1, bytes_of_row))) if spec.sets > 1 else 1
         extractor: EditedExtractor | GradientExtractor
         if base.gradients is not None:
             extractor = base.gradients.extractor
@@ -120,9 +122,7 @@ class EditPlanner:
         count = max(site.intervention for site in spec.sites) + 1
         sites = Site.of(spec.sites, site_specs)
         row_bytes = 2 * sum(site.spec.bytes_per_item for site in sites)
-        if spec.sets > 1:
-            row_bytes += self._row_bytes(key)
-        facts = EditFacts(extractor, sites, values, row_bytes)
+        facts = EditFacts(extractor, sites, values, row_bytes + bytes_of_row)
         return Plan(
             REFERENCE,
             spec,
@@ -134,17 +134,76 @@ class EditPlanner:
             edits=facts,
         )
 
-    def _most_rows(self, key: PlanKey) -> int:
-        return max(1, min(MAX_ROWS, SET_BYTES // max(1, self._row_bytes(key))))
+    def _row_bytes(self, key: PlanKey, *, expands: bool) -> int:
+        """Return the bytes that a row's values are expected to take at most, at once.
 
-    def _row_bytes(self, key: PlanKey) -> int:
-        """Return the bytes that a row's values are expected to take at most, at once."""
-        measured = max((spec.bytes_per_item for spec in self._catalogue.specs.values()), default=0)
+        If only the part of the pass behind the first changed value has the rows, it is the values
+        there that count: they are much smaller than a network's first ones.
+        """
+        points = [site.point for site in key.pass_spec.sites]
+        specs = _behind(self._catalogue, points) if expands else self._catalogue.specs.values()
+        measured = max((spec.bytes_per_item for spec in specs), default=0)
         here, there = (
             sum(math.prod(item.shape) * item.dtype.itemsize for item in each.items)
             for each in (key.batch_key, self._catalogue.key)
         )
         return _KEPT_VALUES * measured * max(1, -(-here // max(1, there)))
+
+
+def _behind(catalogue: Catalogue, points: Collection[CapturePoint]) -> list[ValueSpec]:
+    """Return the values that may be computed from the first of some values, and that value.
+
+    They are those of the layers that begin later than its module and outside of it, and of the
+    modules around it. Where the order is not known, they are the values of all layers.
+    """
+    modules = [entry for entry in catalogue if entry.kind is PointKind.MODULE]
+    of_points = [
+        index
+        for index, entry in enumerate(modules)
+        if not set(points).isdisjoint(entry.points.values())
+    ]
+    if catalogue.varying or not of_points:
+        return list(catalogue.specs.values())
+    first = next(point for point in modules[min(of_points)].points.values() if point in points)
+    returned = first.capture is Capture.OUTPUT and not any(
+        _is_inside(point.path, first.path) for point in points
+    )
+    around = {path for point in points for path in _paths_to(point.path)}
+    later = {
+        path
+        for entry in modules[min(of_points) + returned :]
+        for path in _homes(entry)
+        if not (returned and _is_inside(path, first.path))
+    }
+    known = catalogue.specs
+    specs = [known[point] for point in points if point in known]
+    for entry in catalogue:
+        if entry.kind is PointKind.NODE and entry.name in catalogue.key.names:
+            continue  # The model's input.
+        homes = _homes(entry)
+        # What a module around the value was given is from before.
+        sides = tuple(Capture) if homes & later else (Capture.OUTPUT,) if homes & around else ()
+        specs += [spec for side, spec in entry.specs.items() if side in sides]
+    return specs
+
+
+def _homes(entry: LayerEntry) -> set[str]:
+    """Return the path of a layer's module; of a node, that of the module that computes it."""
+    if entry.kind is PointKind.NODE:
+        return {entry.name.rpartition(".")[0]}
+    return {point.path for point in entry.points.values()}
+
+
+def _is_inside(path: str, module: str) -> bool:
+    return path.startswith(f"{module}.") if module else path != ""
+
+
+def _paths_to(path: str) -> Iterator[str]:
+    """Yield the paths of the modules around a module, the whole model's first."""
+    yield ""
+    parts = path.split(".")
+    for end in range(1, len(parts)):
+        yield ".".join(parts[:end])
 
 
 def _last(steps: Iterator[Plan | None]) -> Generator[None, None, Plan]:
