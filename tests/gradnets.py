@@ -213,6 +213,38 @@ def tiny_vit() -> nn.Module:
         return net.eval()
 
 
+class NormThenTokens(nn.Module):
+    """Has norms whose gradient, for one item, fits two memory layouts; float64."""
+
+    def __init__(self, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 3, padding=1)
+        self.norm = norm(16)
+        self.later = nn.LayerNorm(16)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        places = self.norm(self.conv(x).tanh()).permute(2, 3, 0, 1).contiguous()
+        return self.head(self.later(places) ** 3).mean((0, 1))
+
+
+def _settled_norm(norm: nn.Module) -> nn.Module:
+    for name, buffer in norm.named_buffers():
+        if name == "running_var":
+            nn.init.uniform_(buffer, 0.5, 2.0)
+    return norm
+
+
+def batch_norm_then_tokens() -> nn.Module:
+    """Return a seeded net with a batch norm."""
+    return seeded(lambda: NormThenTokens(lambda c: _settled_norm(nn.BatchNorm2d(c)))).double()
+
+
+def instance_norm_then_tokens() -> nn.Module:
+    """Return a seeded net with an instance norm."""
+    return seeded(lambda: NormThenTokens(lambda c: nn.InstanceNorm2d(c, affine=True))).double()
+
+
 class Last(nn.Module):
     """Works on [B, H, W, C], as Swin does."""
 

@@ -170,6 +170,9 @@ class _Proof:
 
     def run(self) -> None:
         """Ask for everything, and note what came back."""
+        # Before it is served: transformers keeps tensors for all models of a kind, and those of a
+        # pass in inference mode can't take part in gradients.
+        self._pair, self._one = self._results()
         # As a factory that layertap imports by its name.
         sys.modules[__name__].factory = self._factory  # type: ignore[attr-defined]
         given: dict[str, Any] = {}
@@ -213,9 +216,7 @@ class _Proof:
         They are the floating-point ones that the model computes with gradients, and whose items do
         not grow with the batch, as a table of the similarities of all images and all texts does.
         """
-        with torch.enable_grad():
-            net = self._build().requires_grad_(True)
-            pair, one = (self._there.run(net, rows, self._dtype) for rows in (2, 1))
+        pair, one = self._pair, self._one
         entries = [each for each in model.host.catalogue if each.is_result and each.points]
         found = []
         for entry in entries:
@@ -231,6 +232,13 @@ class _Proof:
             Weighted(name, way, value.detach(), _random(value.shape, 5 + index).to(self._dtype))
             for index, (name, way, value) in enumerate(found[:MAX_TERMS])
         ]
+
+    def _results(self) -> tuple[Any, Any]:
+        """Return what a module with gradients returns for two items and for one."""
+        net = self._build().requires_grad_(True)
+        with torch.enable_grad():
+            pair, one = (self._there.run(net, rows, self._dtype) for rows in (2, 1))
+        return pair, one
 
     def _compare(self, model: LocalModel, values: Sequence[Value], size: int) -> None:
         dtype = self._dtype

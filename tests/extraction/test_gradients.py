@@ -349,6 +349,30 @@ def test_values_without_gradients_are_refused() -> None:
         model.extract(torch.ones(1, 6, dtype=torch.int64), "inputs.ids:gradient", objective="[0,0]")
 
 
+@pytest.mark.parametrize("net", ["batch_norm_then_tokens", "instance_norm_then_tokens"])
+def test_norms_of_one_item_have_the_right_gradient(net: str) -> None:
+    """PyTorch's own is wrong for one item in some memory layouts; see ``norm_gradients``."""
+    x = images(1)
+    with load(net) as model:
+        found = model.extract(x, ["norm:input_gradient", "conv:gradient"], objective="[2]")
+    for name, path in (("norm:input_gradient", "norm"), ("conv:gradient", "conv")):
+        gradient = found[name]
+        direction = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(2)).double()
+
+        def at(step: float, path: str = path, direction: torch.Tensor = direction) -> float:
+            module = getattr(gradnets, net)().eval()
+            moved = step * direction
+            if path == "norm":
+                module.norm.register_forward_pre_hook(lambda _, given: (given[0] + moved,))
+            else:
+                module.conv.register_forward_hook(lambda _, __, value: value + moved)
+            return float(module(x)[0, 2])
+
+        measured = (at(1e-6) - at(-1e-6)) / 2e-6
+        expected = float((gradient * direction).sum())
+        assert abs(measured - expected) <= 1e-6 * float(gradient.abs().sum()), name
+
+
 def test_attention_weights_that_no_layer_uses_have_no_gradient() -> None:
     """An attention module computes them once more for a capture, so nothing depends on them."""
     images = torch.rand(2, 3, 32, 32)

@@ -50,6 +50,7 @@ from layertap.extraction.containers import plain
 from layertap.extraction.guided import guided_relus, relus_before
 from layertap.extraction.interventions import Changes, PassRows
 from layertap.extraction.kinds.base import BuildContext
+from layertap.extraction.norm_gradients import right_norm_gradients
 from layertap.extraction.operands import ItemAxis, Measured, Operands, check_range
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.points import CapturePoint, PointKind, Sink, ValueSpec
@@ -610,7 +611,8 @@ class _Pass:
             return ()
         self._check_edges(total)
         edges = [self._edges[point] for point in points]
-        found = torch.autograd.grad(total, edges, allow_unused=True, retain_graph=keep)
+        with right_norm_gradients(total):
+            found = torch.autograd.grad(total, edges, allow_unused=True, retain_graph=keep)
         for point, gradient in zip(points, found, strict=True):
             if gradient is None:
                 raise InvalidInputError(

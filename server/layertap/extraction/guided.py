@@ -18,7 +18,7 @@ from contextlib import contextmanager
 import torch
 from torch.autograd.graph import GradientEdge, Node
 
-__all__ = ["guided_relus", "relus_before"]
+__all__ = ["guided_relus", "nodes_of", "relus_before"]
 
 _RELU = "ReluBackward0"
 
@@ -26,7 +26,7 @@ _RELU = "ReluBackward0"
 @contextmanager
 def guided_relus(total: torch.Tensor) -> Iterator[None]:
     """Guide the ReLUs in the graph of a number in a block."""
-    handles = [node.register_prehook(_positive) for node in _nodes(total) if _is_relu(node)]
+    handles = [node.register_prehook(_positive) for node in nodes_of(total) if _is_relu(node)]
     try:
         yield
     finally:
@@ -37,7 +37,7 @@ def guided_relus(total: torch.Tensor) -> Iterator[None]:
 def relus_before(total: torch.Tensor, edges: Sequence[GradientEdge]) -> list[int]:
     """Return how many ReLUs are on the way from a number back to each of some values."""
     users: dict[Node, list[Node]] = {}
-    for node in _nodes(total):
+    for node in nodes_of(total):
         for following, _ in node.next_functions:
             if following is not None:
                 users.setdefault(following, []).append(node)
@@ -56,7 +56,7 @@ def _all_users(node: Node, users: dict[Node, list[Node]]) -> set[Node]:
     return seen
 
 
-def _nodes(total: torch.Tensor) -> list[Node]:
+def nodes_of(total: torch.Tensor) -> list[Node]:
     """Return every node of a graph."""
     if total.grad_fn is None:
         return []
