@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import pickle
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -481,3 +484,24 @@ def test_a_model_that_cannot_be_loaded_leaves_no_thread() -> None:
     with pytest.raises(errors.LayerNotFoundError):
         load(layers="nope")
     assert set(threading.enumerate()) <= before
+
+
+@pytest.mark.parametrize(("end", "code"), [("", 0), ("sys.exit(3)", 3)])
+def test_a_program_ends_that_does_not_close_its_model(end: str, code: int) -> None:
+    """However it ends, its threads don't keep the process."""
+    script = f"""
+import sys
+import torch
+import layertap
+from tinynets import ITEM
+model = layertap.load("tinynets:residual", item_shape=ITEM, device="cpu")
+print(list(model.extract(torch.rand(1, *ITEM), "layer1")))
+{end}
+"""
+    folders = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(folders)},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert (done.stdout, done.returncode) == ("['layer1']\n", code), done.stderr

@@ -14,6 +14,7 @@ Note [One compute thread]
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 from collections.abc import Callable, Hashable, Sequence
@@ -23,6 +24,7 @@ from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar
+from weakref import WeakSet
 
 import torch
 
@@ -109,6 +111,19 @@ def _unpin(reservations: Sequence[Reservation], done: Future[Any]) -> None:
         reservation.unpin()
 
 
+_running: WeakSet[ComputeThreads] = WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """End the threads of a program that ends without closing its engine or model.
+
+    They are daemon threads, for which Python does not wait: it would wait for ever.
+    """
+    for threads in list(_running):
+        threads.close()
+
+
 class ComputeThreads:
     """Runs jobs in order of arrival, each on the first free thread.
 
@@ -135,13 +150,14 @@ class ComputeThreads:
         self._lost = ""
         self._queue: BatchQueue[_Job[Any, Any]] = BatchQueue()
         self._threads = [
-            threading.Thread(target=self._work, name=f"layertap-compute-{index}")
+            threading.Thread(target=self._work, name=f"layertap-compute-{index}", daemon=True)
             for index in range(instances)
         ]
         # Counts the OpenMP teams too: OpenMP's library ends the process if it can't start a thread.
         require_threads(instances * intra_op_cores(intra_op))
         for thread in self._threads:
             thread.start()
+        _running.add(self)
 
     @property
     def alive(self) -> bool:
@@ -238,6 +254,7 @@ class ComputeThreads:
         self._queue.close()
         for thread in self._threads:
             thread.join()
+        _running.discard(self)
 
     def _put(
         self, job: _Job[Any, Any], key: Hashable, part: Part[Any], policy: BatchPolicy
