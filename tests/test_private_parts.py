@@ -34,6 +34,7 @@ ATTRIBUTES = {
     *("_jit_pass_dce", "_create_function_from_graph", "_mkl_reorder_linear_weight"),
     *("_c", "_method_names", "_get_method", "_type"),  # torch.jit.ScriptModule
     *("_version", "_cdata", "_metadata"),  # tensors, storages and state dicts
+    "_saved_input",  # the nodes of autograd's graph
     *("_forward_hooks", "_forward_pre_hooks", "_modules"),  # torch.nn.Module
     "_bit_generator",  # numpy.random.RandomState
     "_from_config",  # transformers.PreTrainedModel
@@ -128,6 +129,21 @@ def test_grpc_runs_a_behaviour_in_its_own_threads(kind: str) -> None:
         server.stop(None).wait()
         own.shutdown()
     assert [name.rpartition("_")[0] for name in seen] == ["own"]
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(3).eval(), nn.InstanceNorm2d(3)])
+def test_the_nodes_of_norms_have_their_input(norm: nn.Module) -> None:
+    """``_saved_input`` of a batch norm's node, which instance norms have too, has its strides."""
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.rand(2, 3, 4, 4).to(memory_format=torch.channels_last).requires_grad_()
+        waiting, found = [norm(x).grad_fn], []
+        while waiting:
+            node = waiting.pop()
+            waiting += [each for each, _ in node.next_functions if each is not None]
+            if "BatchNormBackward" in node.name():
+                found.append(node._saved_input)
+    assert len(found) == 1
+    assert found[0].numel() == x.numel()
 
 
 def test_functorch_tells_wrapped_tensors() -> None:

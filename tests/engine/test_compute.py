@@ -166,10 +166,8 @@ def test_jobs_are_refused_once_the_device_is_lost(
 
     What a GPU says when it is lost is tested on one (``test_cuda.py``).
     """
-    monkeypatch.setattr(
-        compute_module, "loss_of", lambda _, error: "device cuda:0 is lost" if error else ""
-    )
-    threads = ComputeThreads()
+    monkeypatch.setattr(compute_module, "loss_of", lambda device, _: f"device {device} is lost")
+    threads = ComputeThreads(device=torch.device("cuda", 0))
     try:
         assert threads.run(lambda: 1, Call()) == 1
         assert threads.alive

@@ -17,7 +17,7 @@ from __future__ import annotations
 import atexit
 import logging
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import CancelledError as FutureCancelledError
 from concurrent.futures import Future
 from contextvars import copy_context
@@ -294,11 +294,15 @@ class ComputeThreads:
             return
         with forward_passes(), torch.inference_mode():
             _settle(jobs)
-        for job in jobs:
-            lost = "" if self._lost else loss_of(self._device, job.future.exception())
-            if lost:
-                self._lost = lost
-                _log.critical("%s", lost)
+        if self._device.type == "cuda":
+            self._look_after_device(job.future.exception() for job in jobs)
+
+    def _look_after_device(self, errors: Iterable[BaseException | None]) -> None:
+        for error in errors:
+            if error is not None and not self._lost:
+                self._lost = loss_of(self._device, error)
+                if self._lost:
+                    _log.critical("%s", self._lost)
 
 
 def _settle(jobs: Sequence[_Job[Any, Any]]) -> None:

@@ -15,15 +15,13 @@ import torch
 __all__ = ["loss_of"]
 
 
-def loss_of(device: torch.device, error: BaseException | None) -> str:
+def loss_of(device: torch.device, error: BaseException) -> str:
     """Return why a device is lost; empty if it works, or the error is none of CUDA's.
 
     Args:
-        device: The device on which a job failed.
+        device: The CUDA device on which a job failed.
         error: The job's error; those that it was raised from are looked at, too.
     """
-    if device.type != "cuda":
-        return ""
     cause = _of_cuda(error)
     if cause is None:
         return ""

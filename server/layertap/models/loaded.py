@@ -17,7 +17,7 @@ from layertap.models.preprocess import Preprocess, fitted
 from layertap.models.signature import InputSpec, Signature, Tower
 from layertap.models.text import TextTokenizer
 
-__all__ = ["Built", "Example", "LoadedModel"]
+__all__ = ["Built", "Example", "LoadedModel", "Twin"]
 
 Example = Callable[[int], Mapping[str, torch.Tensor]]
 """Makes the inputs of a batch with a number of items, by name."""
