@@ -28,6 +28,7 @@ from layertap import Client
 from layertap.app.grpc_options import channel_options
 from layertap.malloc import keep_memory
 from layertap.selection import Extractor
+from layertap.services.grpc_adapter.handlers import service
 from layertap.services.native_form import REPLY_HEAD_SIZE, encode_reply_head
 from layertap.services.shared_memory_service import SharedMemoryService
 from layertap.shm.broker import Broker
@@ -159,12 +160,13 @@ def serve_grpc(row: Row, folder: str) -> None:
     broker = Broker(SharedMemory(1 << 30)) if row.shared else None
     if broker is not None:
         broker.start()
-        server.add_generic_rpc_handlers((SharedMemoryService(broker).handlers(),))
+        offered = SharedMemoryService(broker)
+        server.add_generic_rpc_handlers((service(offered.NAME, offered.methods()),))
     memory = broker.memory if broker else None
     handler = naive_handler(Arrays()) if naive else layertap_handler(Arrays(), memory)
-    service, method = EXTRACT.strip("/").split("/")
+    name, method = EXTRACT.strip("/").split("/")
     server.add_generic_rpc_handlers(
-        (grpc.method_handlers_generic_handler(service, {method: handler}),)
+        (grpc.method_handlers_generic_handler(name, {method: handler}),)
     )
     address = f"unix:{folder}/rpc" if row.unix else "127.0.0.1:0"
     port = server.add_insecure_port(address)

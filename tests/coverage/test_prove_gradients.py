@@ -14,10 +14,10 @@ from prove_gradients import Row, prove, section
 import gradnets
 
 
-def subject() -> GradientSubject:
+def subject(net: str = "residual") -> GradientSubject:
     images = torch.randn(2, *gradnets.IMAGE, generator=torch.Generator().manual_seed(3))
     return GradientSubject(
-        "residual", "torchvision", lambda: gradnets.residual().float(), gradnets.IMAGE, images
+        net, "torchvision", lambda: getattr(gradnets, net)().float(), gradnets.IMAGE, images
     )
 
 
@@ -37,16 +37,7 @@ def test_layers_without_influence_are_refused_with_the_reason(
 ) -> None:
     """A layer on which the score does not depend is refused, and the table says how many are."""
     monkeypatch.setattr(prove_gradients, "MAX_TERMS", 1)
-    images = torch.randn(2, *gradnets.IMAGE, generator=torch.Generator().manual_seed(3))
-    row = prove(
-        GradientSubject(
-            "branches",
-            "torchvision",
-            lambda: gradnets.branches().float(),
-            gradnets.IMAGE,
-            images,
-        )
-    )
+    row = prove(subject("branches"))
     assert row.error == ""
     assert row.wrong == []
     # The later layer, the side branch and the one without gradients, with some of their inputs.
@@ -56,16 +47,7 @@ def test_layers_without_influence_are_refused_with_the_reason(
 
 def test_the_score_is_made_of_every_result_with_gradients() -> None:
     """With all results in the score only the branch that has no gradients is left without one."""
-    images = torch.randn(2, *gradnets.IMAGE, generator=torch.Generator().manual_seed(3))
-    row = prove(
-        GradientSubject(
-            "branches",
-            "torchvision",
-            lambda: gradnets.branches().float(),
-            gradnets.IMAGE,
-            images,
-        )
-    )
+    row = prove(subject("branches"))
     assert row.error == ""
     assert row.wrong == []
     # Its value, its input, and the member of the result that is this value.

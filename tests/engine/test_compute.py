@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,6 +13,7 @@ from layertap import errors
 from layertap.call import Call
 from layertap.engine import compute as compute_module
 from layertap.engine.compute import ComputeThreads, Part
+from streams import eventually
 
 
 @pytest.fixture
@@ -174,11 +174,9 @@ def test_jobs_are_refused_once_the_device_is_lost(
         blocked = Blocked(threads)
         with ThreadPoolExecutor(2) as pool:
             failing = pool.submit(threads.run, lambda: 1 // 0, Call())
-            while len(threads._queue._batcher) < 1:
-                time.sleep(0.001)
+            eventually(lambda: len(threads._queue._batcher) == 1)
             waiting = pool.submit(threads.run, lambda: 2, Call())
-            while len(threads._queue._batcher) < 2:
-                time.sleep(0.001)
+            eventually(lambda: len(threads._queue._batcher) == 2)
             blocked.release()
             with pytest.raises(ZeroDivisionError):
                 failing.result(30)

@@ -92,7 +92,7 @@ def row_of(specimen: Specimen, report: Report, seconds: float) -> Row:
 
 
 def rows(
-    specimens: Sequence[Specimen], grid: Grid, jobs: int, limit: float, device: str = "cpu"
+    specimens: Sequence[Specimen], grid: Grid, jobs: int, limit: float, device: str
 ) -> Iterator[Row]:
     """Drive specimens, each in a process of its own, some at once; yield them as they end.
 
@@ -299,7 +299,7 @@ def main() -> int:
     drive(known[FIRST], SHORT)
     gc.collect()
     gc.freeze()  # What is imported stays shared with the processes: their collectors skip it.
-    for row in rows(chosen, grid, options.jobs, options.limit):
+    for row in rows(chosen, grid, options.jobs, options.limit, options.device):
         found.append(row)
         print(json.dumps(asdict(row)), flush=True) if options.json else say(row)
         if options.write:  # Each time, so that a run that is cut keeps what it has.

@@ -8,7 +8,8 @@ Note [Samples that a GPU must not see]
     that indexes has a copy on the CPU. Each sample runs there first, once, and if the copy fails,
     ``LoadedModel.forward`` raises an error with its words instead of running the sample on the GPU.
 
-    A model that never indexes, such as most convolutional networks, needs no copy.
+    A model that does not index an ordinary sample, such as most convolutional networks, needs no
+    copy.
 """
 
 from __future__ import annotations
@@ -71,11 +72,22 @@ class CpuTwin:
                 self._known[key] = self._run(model, batch)
             return self._known[key]
 
+    def indexes(self, model: LoadedModel) -> bool:
+        """Return whether the copy indexes anything in a pass on an ordinary sample."""
+        mine = self._on_copy(model)
+        watcher = _Watcher()  # type: ignore[no-untyped-call]
+        with torch.inference_mode(), self._scope, watcher:
+            mine.forward(ordinary_batch(mine, 1))
+        seen: bool = watcher.seen
+        return seen
+
+    def _on_copy(self, model: LoadedModel) -> LoadedModel:
+        return replace(model, module=self._module, device=torch.device("cpu"), twin=None)
+
     def _run(self, model: LoadedModel, batch: Batch) -> str:
-        mine = replace(model, module=self._module, device=torch.device("cpu"), twin=None)
         try:
             with torch.inference_mode(), self._scope:
-                mine.forward(batch.clone())
+                self._on_copy(model).forward(batch.clone())
         except Exception as error:  # noqa: BLE001 - a model may raise anything; it is passed on
             return f"a copy of the model on the CPU fails: {own_words(error)}"
         return ""
@@ -93,25 +105,14 @@ def with_twin(model: LoadedModel) -> LoadedModel:
     if model.device.type == "cpu":
         return model
     try:
-        copied = on_cpu(model)
-        if not _indexes(copied):
-            return model
-        # Another copy, as that pass may have changed the first one.
-        return replace(model, twin=CpuTwin(on_cpu(model).module))
+        twin = CpuTwin(on_cpu(model).module)
+        return replace(model, twin=twin) if twin.indexes(model) else model
     except Exception as error:  # noqa: BLE001 - a copy, and a pass of it, may fail in any way
         _log.warning(
             "model %s: no copy of it runs on the CPU (%s), so the samples that it is tested with "
             "run on the GPU only", model.name, own_words(error),
         )  # fmt: skip
         return model
-
-
-def _indexes(model: LoadedModel) -> bool:
-    watcher = _Watcher()  # type: ignore[no-untyped-call]
-    with torch.inference_mode(), watcher:
-        model.forward(ordinary_batch(model, 1))
-    seen: bool = watcher.seen
-    return seen
 
 
 class _Watcher(TorchDispatchMode):

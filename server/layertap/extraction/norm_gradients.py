@@ -9,7 +9,7 @@ whenever the gradient has the strides of the input, so here it gets a copy that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -27,16 +27,12 @@ Gradients = tuple[torch.Tensor | None, ...]
 def right_norm_gradients(total: torch.Tensor) -> Iterator[None]:
     """Give the batch norms in the graph of a number gradients laid out like their inputs."""
     norms = [node for node in nodes_of(total) if "BatchNormBackward" in node.name()]
-    handles = [node.register_prehook(_prehook(node)) for node in norms]
+    handles = [node.register_prehook(partial(_laid_out, node)) for node in norms]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _prehook(node: Node) -> Callable[[Gradients], Gradients]:
-    return partial(_laid_out, node)
 
 
 def _laid_out(node: Node, gradients: Gradients) -> Gradients:
