@@ -74,6 +74,7 @@ bench: .venv/.built ## what layers and replies cost, in minutes; writes benchmar
 	$(BIN)/python -W ignore benchmarks/bench_branches.py
 	$(BIN)/python -W ignore benchmarks/bench_text.py
 	$(BIN)/python -W ignore benchmarks/bench_hook.py
+	$(BIN)/python -W ignore benchmarks/bench_images.py
 	$(BIN)/python -W ignore benchmarks/bench_gradients.py
 	$(BIN)/python -W ignore benchmarks/bench_interventions.py
 	$(BIN)/python -W ignore benchmarks/bench_memory.py

@@ -6,8 +6,8 @@ from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 
 SOURCES = [
-    *("bindings", "builder", "cast", "decoder", "layout", "memory", "raw_fields"),
-    *("strided_copy", "wire"),
+    *("bindings", "builder", "cast", "decoder", "image_values", "layout", "memory"),
+    *("raw_fields", "resample", "strided_copy", "wire"),
 ]
 FLAGS = ["/O2", "/W3"] if sys.platform == "win32" else ["-O3", "-Wall", "-Wextra"]
 

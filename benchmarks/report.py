@@ -256,6 +256,19 @@ median of each). The results were compared first. {threads} threads. Machine: {f
 {table}
 """
 
+IMAGES = """
+## What does a photograph cost?
+
+[bench_images.py](bench_images.py): a photograph adds **{added:.2f} ms** to a call with a tensor
+(the difference of the medians; resnet18 `conv1`, pooled). {count} photographs are decoded and
+preprocessed **{cores:.2f} ×** as fast by the threads of the server as by one thread. The values
+were compared first: all ways give torchvision's, bit for bit. The table has milliseconds
+(quartiles); the decoders and the ways from a file to a model's item run on one core. Machine:
+{facts}.
+
+{table}
+"""
+
 MEMORY = """
 ## Does a server's memory level off?
 
@@ -623,6 +636,26 @@ def _interventions(results: dict[str, Any], folder: Path) -> str:
     )
 
 
+def _images(results: dict[str, Any], folder: Path) -> str:
+    parts = {"decode a JPEG, 512 × 600": results["decoders"], **results["ways"]}
+    parts[f"{results['count']} of them"] = results["batch"]
+    parts["a call"] = results["calls"]
+    return IMAGES.format(
+        added=results["added_ms"],
+        cores=results["cores_ratio"],
+        count=results["count"],
+        table=_table(
+            ["", "", "ms (quartiles)"],
+            [
+                [part, way, _quartiles(row)]
+                for part, ways in parts.items()
+                for way, row in ways.items()
+            ],
+        ),
+        facts=_facts(results["machine"]),
+    )
+
+
 def _memory(results: dict[str, Any], folder: Path) -> str:
     curve = results["resident_mib"]
     half = len(curve) // 2
@@ -681,6 +714,7 @@ SECTIONS: dict[str, Section] = {
     "hook": _hook,
     "gradients": _gradients,
     "interventions": _interventions,
+    "images": _images,
     "memory": _memory,
     "sentences": _sentences,
 }

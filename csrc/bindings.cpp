@@ -10,6 +10,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstring>
+#include <iterator>
 #include <memory>
 #include <optional>
 #include <string>
@@ -18,10 +19,12 @@
 
 #include "builder.h"
 #include "decoder.h"
+#include "image_values.h"
 #include "layout.h"
 #include "memory.h"
 #include "python_buffer.h"
 #include "raw_fields.h"
+#include "resample.h"
 #include "stream_copy.h"
 
 namespace py = pybind11;
@@ -246,6 +249,80 @@ py::tuple split_message(const py::bytes& message, const py::object& field, const
   return py::make_tuple(join_rest(message, split.rest), std::move(payloads));
 }
 
+constexpr std::int64_t kMaxSide = 1 << 24;  // Pillow's sizes are single-precision numbers
+
+constexpr const char* kFilters[] = {"box", "bilinear", "hamming", "bicubic", "lanczos"};
+
+Filter to_filter(const py::object& name) {
+  const std::string wanted = to_utf8(name);
+  for (std::size_t i = 0; i < std::size(kFilters); ++i) {
+    if (wanted == kFilters[i]) return static_cast<Filter>(i);
+  }
+  throw py::value_error("interpolation: got " + wanted +
+                        ", expected box, bilinear, hamming, bicubic or lanczos");
+}
+
+Pixels to_pixels(const PythonBuffer& buffer) {
+  const Source source = buffer.source();
+  const bool is_image = source.rank == 3 && source.itemsize == 1 && source.shape[0] > 0 &&
+                        source.shape[0] <= kMaxSide && source.shape[1] > 0 &&
+                        source.shape[1] <= kMaxSide &&
+                        (source.shape[2] == 1 || source.shape[2] == 4) && is_dense(source);
+  if (!is_image) {
+    throw py::value_error("pixels: expected contiguous bytes [height, width, 1 or 4], with sides "
+                          "from 1 to 2**24");
+  }
+  return {source.data, source.shape[0], source.shape[1], source.shape[2]};
+}
+
+Resizing to_resizing(const py::iterable& size, const py::iterable& window, const py::object& filter,
+                     bool vertical_first) {
+  const std::vector<std::int64_t> sides = to_shape(size);
+  if (sides.size() != 2 || sides[0] < 1 || sides[0] > kMaxSide || sides[1] < 1 ||
+      sides[1] > kMaxSide) {
+    throw py::value_error("size: expected height and width, from 1 to 2**24");
+  }
+  const std::vector<std::int64_t> part = to_shape(window);
+  const auto is_inside = [](std::int64_t begin, std::int64_t count, std::int64_t side) {
+    return begin >= 0 && begin < side && count >= 1 && count <= side - begin;
+  };
+  if (part.size() != 4 || !is_inside(part[0], part[2], sides[0]) ||
+      !is_inside(part[1], part[3], sides[1])) {
+    throw py::value_error("window: expected top, left, height and width, inside the resized image");
+  }
+  return {sides[0], sides[1], part[0], part[1], part[2], part[3], to_filter(filter),
+          vertical_first};
+}
+
+void image_values(py::handle pixels, const py::iterable& size, const py::iterable& window,
+                  const py::object& filter, bool vertical_first, py::handle tables,
+                  py::handle target) {
+  const PythonBuffer image(pixels);
+  const Pixels source = to_pixels(image);
+  const Resizing resizing = to_resizing(size, window, filter, vertical_first);
+  const PythonBuffer entries(tables);
+  const Source table = entries.source();
+  const bool are_tables = table.rank == 2 && table.itemsize == sizeof(float) &&
+                          table.shape[1] == 256 && is_dense(table) &&
+                          (source.channels == 1 || table.shape[0] <= source.channels);
+  if (!are_tables) {
+    throw py::value_error("tables: expected contiguous float32 [count, 256], no more than channels");
+  }
+  const WritableBuffer values(target);
+  const std::int64_t count = resizing.rows * resizing.columns;
+  const std::size_t needed =
+      static_cast<std::size_t>(table.shape[0] * count) * sizeof(float);
+  if (values.size() != needed) {
+    throw py::value_error("target: got " + std::to_string(values.size()) + " bytes, expected " +
+                          std::to_string(needed));
+  }
+  const py::gil_scoped_release released;
+  std::vector<std::uint8_t> resized(static_cast<std::size_t>(count * source.channels));
+  resample(source, resizing, resized.data());
+  look_up(resized.data(), count, source.channels, reinterpret_cast<const float*>(table.data),
+          table.shape[0], reinterpret_cast<float*>(values.data()));
+}
+
 bool keep_memory_bound(const py::object& bound) {
   const std::int64_t bytes = to_int64(bound);
   if (bytes < 1) throw py::value_error("bound: got " + std::to_string(bytes) + ", expected from 1");
@@ -291,6 +368,10 @@ PYBIND11_MODULE(_core, module) {
              py::arg("head_size"));
   module.def("split", &split_message, py::arg("message"), py::kw_only(), py::arg("field"),
              py::arg("most"));
+
+  module.def("image_values", &image_values, py::arg("pixels"), py::kw_only(), py::arg("size"),
+             py::arg("window"), py::arg("interpolation"), py::arg("vertical_first"), py::arg("tables"),
+             py::arg("target"));
 
   module.def("keep_memory", &keep_memory_bound, py::arg("bound"));
   // Returning a gigabyte to the system takes tens of milliseconds.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from layertap.extraction import Plan
-from layertap.models import Batch, BatchKey, ItemTensor, LoadedModel
+from layertap.models import Batch, BatchKey, ImageBatch, ItemTensor, LoadedModel, Preprocess
 
 
 def batch_for(of: LoadedModel | Plan, x: torch.Tensor) -> Batch:
@@ -25,3 +25,11 @@ def key_for(model: LoadedModel, shape: Sequence[int]) -> BatchKey:
 def key_of_shape(shape: Sequence[int]) -> BatchKey:
     """Return the key of float32 batches of some model's input ``x``."""
     return BatchKey((ItemTensor("x", tuple(shape), torch.float32),))
+
+
+def images_for(preprocess: Preprocess, *files: bytes) -> torch.Tensor:
+    """Return the batch ``[B, C, H, W]`` of image files."""
+    batch = ImageBatch(preprocess, len(files))
+    for index, data in enumerate(files):
+        batch.decode(index, data)
+    return batch.tensor()

@@ -138,6 +138,31 @@ def split(message: bytes, *, field: int, most: int) -> tuple[bytes, list[memoryv
     occurrences of the field, or more than 65,536 other fields.
     """
 
+def image_values(
+    pixels: Buffer,
+    *,
+    size: Sequence[int],
+    window: Sequence[int],
+    interpolation: str,
+    vertical_first: bool,
+    tables: Buffer,
+    target: Buffer,
+) -> None:
+    """Resize an 8-bit image, keep a window of it, and look its bytes up in tables; without the GIL.
+
+    ``pixels`` is ``[H, W, C] uint8``, contiguous, with ``C`` 1 or 4. ``size`` is the height and the
+    width that the image is resized to; ``window`` is the part that is kept: top, left, height and
+    width in the resized image. The resized pixels are those of Pillow's ``Image.resize`` with the
+    filter ``box``, ``bilinear``, ``hamming``, ``bicubic`` or ``lanczos``, if ``vertical_first``
+    tells the order of its two passes. ``tables`` is ``[N, 256] float32``: ``target``, a writable
+    ``[N, height, width] float32``, gets the entry of table ``n`` for each byte of channel ``n``, or
+    of the only channel.
+
+    Raises ValueError for another size of a buffer, a window that isn't inside the resized image,
+    sides over 2**24, an unknown filter, or more tables than channels; BufferError, or the buffer's
+    own error, if ``target`` is not writable and contiguous.
+    """
+
 def keep_memory(bound: int) -> bool:
     """Make the C library's malloc keep freed memory for the next large block.
 

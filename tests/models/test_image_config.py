@@ -16,6 +16,7 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
+from batches import images_for
 from layertap.models.image_config import (
     ImageConfig,
     config_of_folder,
@@ -63,7 +64,7 @@ def test_16_bit_grayscale_is_padded_alike(encoded: Callable[..., bytes]) -> None
     shallow = encoded(Image.fromarray(pixels), "PNG")
     deep = encoded(Image.fromarray(pixels.astype(np.uint16) * 257), "PNG")
 
-    one, other = (preprocess.batch([preprocess.decode(data, 0)]) for data in (shallow, deep))
+    one, other = (images_for(preprocess, data) for data in (shallow, deep))
 
     assert torch.allclose(one, other, atol=4 / 255)
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 from torchvision import transforms
 
-from batches import batch_for
+from batches import batch_for, images_for
 from devices import needs_cuda
 from layertap.errors import ModelLoadError, WeightsUnavailableError
 from layertap.extraction.samples import ordinary_batch
@@ -35,7 +35,7 @@ def test_a_model_is_ready_to_run(model: LoadedModel) -> None:
 def test_a_photograph_goes_all_the_way(model: LoadedModel, photo_bytes: bytes) -> None:
     """A JPEG's bytes become an input that the model's signature accepts, and the model runs."""
     assert model.preprocess is not None
-    batch = model.preprocess.batch([model.preprocess.decode(photo_bytes, 0)] * 2)
+    batch = images_for(model.preprocess, photo_bytes, photo_bytes)
 
     model.signature.main.check(batch.shape, "float32")
     with torch.inference_mode():
@@ -48,7 +48,7 @@ def test_results_depend_on_the_seed_alone(model: LoadedModel, photo_bytes: bytes
     """A model loaded again with the same seed gives the same numbers."""
     again = load_model(ModelSpec("squeezenet1_1", weights="random"), torch.device("cpu"))
     assert again.preprocess is not None
-    x = again.preprocess.batch([again.preprocess.decode(photo_bytes, 0)])
+    x = images_for(again.preprocess, photo_bytes)
 
     with torch.inference_mode():
         assert torch.equal(again.forward(batch_for(again, x)), model.forward(batch_for(model, x)))

@@ -14,8 +14,9 @@ from torchvision import models, transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms._presets import ImageClassification
 
+from batches import images_for
 from layertap.errors import ConfigError, InvalidInputError, ModelLoadError
-from layertap.models import ImageSettings, InputSpec, Preprocess
+from layertap.models import ImageBatch, ImageSettings, InputSpec, Preprocess
 from layertap.models.preprocess import IMAGENET_MEAN, IMAGENET_STD, choose_preprocess, fitted
 from layertap.settings import Color
 
@@ -83,32 +84,33 @@ def test_a_batch_is_its_items_stacked(
     narrow = photo.resize((100, 300))
     preprocess = of("resnet18")
 
-    decoded = [preprocess.decode(data, 0) for data in (photo_bytes, encoded(narrow, "PNG"))]
-    batch = preprocess.batch(decoded)
+    batch = images_for(preprocess, photo_bytes, encoded(narrow, "PNG"))
 
     assert batch.shape == (2, 3, 224, 224)
     assert torch.equal(batch[1], preprocess(narrow))
 
 
 @pytest.mark.parametrize(
-    ("builder", "size"), [("resnet18", (224, 224)), ("lraspp_mobilenet_v3_large", (520, 609))]
+    ("builder", "size"), [("resnet18", (224, 224)), ("lraspp_mobilenet_v3_large", (609, 520))]
 )
-def test_most_of_the_work_needs_no_pytorch(
+def test_the_work_needs_no_pytorch(
     builder: str, size: tuple[int, int], photo: Image.Image, photo_bytes: bytes
 ) -> None:
-    """Decoding gives an image of the model's size; the rest makes the same tensor of it."""
+    """Decoding gives the finished item, with the values of torchvision's own functions."""
     preprocess = of(builder)
 
-    decoded = preprocess.decode(photo_bytes, 0)
+    item = preprocess.decode(photo_bytes, 0)
 
-    assert decoded.size == size
-    assert torch.equal(preprocess.batch([decoded])[0], preprocess(photo))
+    assert isinstance(item, np.ndarray)
+    assert item.shape == (3, *size)
+    assert torch.equal(torch.from_numpy(item), preprocess(photo))
 
 
-def test_sizes_must_agree_where_nothing_crops(photo: Image.Image) -> None:
+def test_sizes_must_agree_where_nothing_crops(photo: Image.Image, encoded: Encode) -> None:
     """Images of different sizes can't be a batch; the message has both sizes."""
+    files = [encoded(photo.resize((40, height)), "PNG") for height in (30, 31)]
     with pytest.raises(InvalidInputError) as caught:
-        of("ssd300_vgg16").batch([photo.resize((40, 30)), photo.resize((40, 31))])
+        images_for(of("ssd300_vgg16"), *files)
 
     assert "images[1]: got 40 x 31 pixels after preprocessing, expected 40 x 30 pixels" in str(
         caught.value
@@ -118,7 +120,7 @@ def test_sizes_must_agree_where_nothing_crops(photo: Image.Image) -> None:
 def test_an_empty_batch_is_refused() -> None:
     """A batch has at least one image."""
     with pytest.raises(InvalidInputError, match="images: got none"):
-        of("resnet18").batch([])
+        ImageBatch(of("resnet18"), 0)
 
 
 @pytest.mark.parametrize("size", [(1, 10_000), (10_000, 1)])
@@ -145,8 +147,8 @@ def test_a_picture_is_turned_by_its_exif_orientation(photo: Image.Image, encoded
     stored = chosen(ImageSettings(exif_orientation=False), known=upright)
 
     turned = transform(photo.transpose(Image.Transpose.ROTATE_270))
-    assert torch.equal(upright.batch([upright.decode(data, 0)])[0], turned)
-    assert torch.equal(stored.batch([stored.decode(data, 0)])[0], transform(photo))
+    assert torch.equal(images_for(upright, data)[0], turned)
+    assert torch.equal(images_for(stored, data)[0], transform(photo))
     assert stored.describe().startswith("EXIF orientation not applied, ")
 
 
@@ -162,7 +164,7 @@ def test_one_channel_models_get_gray_images(photo: Image.Image, photo_bytes: byt
         ]
     )
 
-    got = preprocess.batch([preprocess.decode(photo_bytes, 0)])
+    got = images_for(preprocess, photo_bytes)
 
     assert got.shape == (1, 1, 64, 64)
     assert torch.equal(got[0], reference(photo))
@@ -174,7 +176,7 @@ def test_a_model_of_colour_can_be_given_gray_images(photo: Image.Image, photo_by
 
     preprocess = chosen(ImageSettings(color="gray"), known=Preprocess.of(transform))
 
-    got = preprocess.batch([preprocess.decode(photo_bytes, 0)])
+    got = images_for(preprocess, photo_bytes)
     assert torch.equal(got[0], transform(transforms.Grayscale(3)(photo)))
 
 
@@ -184,7 +186,7 @@ def test_16_bit_grayscale_is_divided_by_65535(takes: InputSpec, encoded: Encode)
     ramp = np.linspace(2000, 60000, 64 * 64, dtype=np.uint16).reshape(64, 64)
     preprocess = chosen(ImageSettings(mean=(), std=(), resize=(), crop=()), takes)
 
-    got = preprocess.batch([preprocess.decode(encoded(Image.fromarray(ramp), "PNG"), 0)])[0]
+    got = images_for(preprocess, encoded(Image.fromarray(ramp), "PNG"))[0]
 
     expected = torch.from_numpy(ramp.astype(np.float32)) / 65535
     assert all(torch.equal(channel, expected) for channel in got)
@@ -201,7 +203,7 @@ def test_16_bit_grayscale_is_turned_too(orientation: int, encoded: Encode) -> No
     wide = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
     preprocess = chosen(ImageSettings(mean=(), std=(), resize=(), crop=()), GRAY)
 
-    got = preprocess.batch([preprocess.decode(data, 0)])[0, 0]
+    got = images_for(preprocess, data)[0, 0]
 
     assert torch.equal(got, torch.from_numpy(wide.astype(np.float32)) / 65535)
 
@@ -215,7 +217,7 @@ def test_16_bit_grayscale_is_resized_like_others(encoded: Encode) -> None:
         settings = ImageSettings(resize=(70,), crop=crop, mean=(0.5,), std=(0.5,))
         preprocess = chosen(settings, InputSpec((1, *crop), free=(1, 2)))
 
-        one, other = (preprocess.batch([preprocess.decode(d, 0)]) for d in (shallow, deep))
+        one, other = (images_for(preprocess, d) for d in (shallow, deep))
 
         assert torch.allclose(one, other, atol=2 / 255)
         assert one.std() > 0.1
@@ -421,8 +423,8 @@ def test_a_function_of_its_own_gets_the_upright_picture(
     )
 
     turned = transform(photo.transpose(Image.Transpose.ROTATE_90))
-    assert torch.equal(upright.batch([upright.decode(data, 0)])[0], turned)
-    assert torch.equal(stored.batch([stored.decode(data, 0)])[0], transform(photo))
+    assert torch.equal(images_for(upright, data)[0], turned)
+    assert torch.equal(images_for(stored, data)[0], transform(photo))
 
 
 def test_steps_of_a_function_can_not_be_replaced() -> None:

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
 
 from layertap.errors import InvalidInputError
-from layertap.models import Batch, ImageLimits, LoadedModel, Preprocess
+from layertap.models import Batch, ImageBatch, ImageLimits, LoadedModel, Preprocess
 from layertap.models.text import DEFAULT_OPTIONS
 from layertap.settings import Limits
 from layertap.silence import warnings_ignored
@@ -25,8 +24,9 @@ __all__ = [
     "Parts",
     "TextBatch",
     "batch_bytes",
+    "check_image_count",
     "check_tensors",
-    "decode_images",
+    "image_batch",
     "parts_of",
     "preprocess_images",
 ]
@@ -295,15 +295,12 @@ def _tensor(view: TensorView) -> torch.Tensor:
     return torch.from_numpy(view.array())
 
 
-def decode_images(
-    model: LoadedModel,
-    images: Sequence[bytes],
-    limits: Limits,
-    admit: Callable[[int], object] = lambda nbytes: None,
-) -> list[Image.Image]:
-    """Decode a batch of image files; resize and crop them with PIL.
+def image_batch(
+    model: LoadedModel, images: Sequence[bytes], limits: Limits, admit: Callable[[int], object]
+) -> tuple[ImageBatch, Callable[[int], None]]:
+    """Return a batch for image files, and the task that decodes one of them into it.
 
-    This runs no torch code, so any thread may call it. That leaves the compute threads free.
+    The task runs no torch code, so any thread may run it; several may at once.
 
     Args:
         model: The model that takes them.
@@ -311,47 +308,66 @@ def decode_images(
         limits: The limits of requests.
         admit: Called with the bytes of each decoded image; may raise OverloadedError.
 
-    Raises:
-        OverloadedError: If ``admit`` does.
-        InvalidInputError: For a file that can't be decoded, one that can't be resized, or more
-            pixels than are kept at once.
+    Returns:
+        The batch, and a function of an image's index. It raises OverloadedError if ``admit`` does,
+        and InvalidInputError for a file that can't be decoded, one that can't be resized, or more
+        pixels than are kept at once.
     """
-    preprocess = _preprocess(model)
+    batch = ImageBatch(_preprocess(model), len(images))
     image_limits = ImageLimits(max_pixels=limits.pixels)
-    kept: list[Image.Image] = []
-    room = limits.pixels * KEPT_IMAGES
-    for index, data in enumerate(images):
-        kept.append(preprocess.decode(data, index, image_limits))
-        admit(kept[-1].width * kept[-1].height * _PIXEL_BYTES)
-        room -= kept[-1].width * kept[-1].height
-        if room < 0:
-            raise InvalidInputError(
-                f"with this one, the request's images have more than "
-                f"{limits.pixels * KEPT_IMAGES} pixels in total, the most allowed, counted at the "
-                f"size in which model {model.name!r} takes them; send fewer images at once",
-                image=index,
-            )
-    return kept
+    kept: list[int] = []
+
+    def decode(index: int) -> None:
+        pixels = batch.decode(index, images[index], image_limits)
+        admit(pixels * _PIXEL_BYTES)
+        kept.append(pixels)
+        _check_kept(model, sum(kept), index, limits)
+
+    return batch, decode
 
 
-def batch_bytes(model: LoadedModel, name: str, images: Sequence[Image.Image]) -> int:
+def check_image_count(model: LoadedModel, count: int, limits: Limits) -> None:
+    """Refuse more images than are kept at once, if the preprocessing gives them all one shape.
+
+    Raises:
+        InvalidInputError: There are too many.
+    """
+    shape = _preprocess(model).shape
+    if shape is None:
+        return
+    pixels = math.prod(shape[1:])
+    _check_kept(model, pixels * count, limits.pixels * KEPT_IMAGES // pixels, limits)
+
+
+def _check_kept(model: LoadedModel, pixels: int, index: int, limits: Limits) -> None:
+    most = limits.pixels * KEPT_IMAGES
+    if pixels > most:
+        raise InvalidInputError(
+            f"with this one, the request's images have more than {most} pixels in total, the most "
+            f"allowed, counted at the size in which model {model.name!r} takes them; send fewer "
+            f"images at once",
+            image=index,
+        )
+
+
+def batch_bytes(model: LoadedModel, name: str, count: int) -> int:
     """Return the size in bytes of the tensor that ``preprocess_images`` will return."""
     spec = model.signature.spec(name)
-    return len(images) * math.prod(spec.image.shape) * spec.dtype.itemsize
+    return count * math.prod(spec.image.shape) * spec.dtype.itemsize
 
 
-def preprocess_images(model: LoadedModel, name: str, images: Sequence[Image.Image]) -> torch.Tensor:
+def preprocess_images(model: LoadedModel, name: str, images: ImageBatch) -> torch.Tensor:
     """Convert decoded images to a tensor ``[B, C, H, W]`` for one of the model's inputs.
 
     If the input takes videos, the tensor is ``[B, T, C, H, W]``.
 
-    Call this on a compute thread only.
+    Call this on a compute thread if ``images.needs_torch``.
 
     Raises:
         InvalidInputError: If the preprocessed images differ in size, or have a size that the model
             doesn't take.
     """
-    x, spec = _preprocess(model).batch(images), model.signature.spec(name)
+    x, spec = images.tensor(), model.signature.spec(name)
     if spec.video:
         x = x.unflatten(0, (-1, spec.images))
     try:

@@ -244,6 +244,7 @@ class Engine:
         """Finish the admitted requests, then unload the models."""
         if self._image_threads is not None:
             self._image_threads.close()
+        self._pipeline.close()
         for threads in self._compute.values():
             threads.close()
         self._unloading.end_all(self._versions)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Generic
@@ -22,12 +20,14 @@ from layertap.engine.batch import (
     ImageFiles,
     Inputs,
     batch_bytes,
+    check_image_count,
     check_tensors,
-    decode_images,
+    image_batch,
     parts_of,
     preprocess_images,
 )
 from layertap.engine.compute import Part
+from layertap.engine.decoders import Decoders
 from layertap.engine.divided import Division, Planned, divide
 from layertap.engine.host import ModelHost
 from layertap.engine.reply import Reply, ReplyWriter
@@ -47,7 +47,7 @@ from layertap.engine.text_batch import (
     tokenize,
 )
 from layertap.engine.work import Work, compute
-from layertap.errors import DeadlineExceededError, ExtractorUnsupportedError, ModelRunError
+from layertap.errors import ExtractorUnsupportedError, ModelRunError
 from layertap.extraction.interventions import Changes
 from layertap.extraction.kinds.base import ExtractorKind
 from layertap.extraction.kinds.registry import REFERENCE
@@ -142,7 +142,11 @@ class Pipeline:
     def __init__(self, admission: Admission, limits: Limits) -> None:
         self._admission = admission
         self._limits = limits
-        self._decoders = threading.Semaphore(available_cpus())
+        self._decoders = Decoders(available_cpus())
+
+    def close(self) -> None:
+        """End the threads that help to decode."""
+        self._decoders.close()
 
     def extract(
         self, host: ModelHost, request: ExtractionRequest[P], call: Call, received: Reservation
@@ -379,7 +383,7 @@ class Pipeline:
         return model.preprocess.pictures(x[name])
 
     def _texts(self, admitted: _Admitted[Any], given: TextBatch) -> TokenizedTexts:
-        with self._decoding(admitted.call):
+        with self._decoders.permit(admitted.call):
             tokenized = tokenize(admitted.host.model, given, self._limits, admitted.call)
         admitted.received.take(sum(array.nbytes for array in tokenized))
         return tokenized
@@ -389,10 +393,13 @@ class Pipeline:
         # The files are copies of parts of the message.
         received.take(sum(map(len, given.images)))
         with self._admission.reserve("the request's decoded images take") as pixels:
-            with self._decoding(call):
-                images = decode_images(host.model, given.images, self._limits, pixels.take)
-            received.take(batch_bytes(host.model, name, images))
-            preprocess = partial(preprocess_images, host.model, name, images)
+            check_image_count(host.model, len(given.images), self._limits)
+            received.take(batch_bytes(host.model, name, len(given.images)))
+            batch, decode = image_batch(host.model, given.images, self._limits, pixels.take)
+            self._decoders.each(decode, len(given.images), call)
+            if not batch.needs_torch:
+                return preprocess_images(host.model, name, batch)
+            preprocess = partial(preprocess_images, host.model, name, batch)
             return host.preparing.run(preprocess, call, pins=(received, pixels))
 
     def _audio(
@@ -403,22 +410,12 @@ class Pipeline:
         # The files are copies of parts of the message.
         received.take(sum(map(len, given.files)))
         with self._admission.reserve("the request's decoded recordings take") as samples:
-            with self._decoding(call):
+            with self._decoders.permit(call):
                 waveforms = decode_recordings(host.model, given, self._limits, call, samples.take)
             convert = partial(audio_tensors, host.model, name, inputs, waveforms)
             made = host.preparing.run(convert, call, pins=(received, samples))
         received.take(sum(tensor.nbytes for tensor in made.values()))
         return made
-
-    @contextmanager
-    def _decoding(self, call: Call) -> Iterator[None]:
-        """Wait until fewer inputs are being decoded than there are CPUs; more would be slower."""
-        if not self._decoders.acquire(timeout=call.remaining()):
-            raise DeadlineExceededError("the deadline passed before the input was decoded")
-        try:
-            yield
-        finally:
-            self._decoders.release()
 
 
 def publish(reply: Reply[P], form: ReplyForm[P], timings: Timings) -> P:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from layertap.models.batch import Batch, BatchKey, ItemTensor
 from layertap.models.free_sizes import free_sizes, resized
+from layertap.models.image_batch import ImageBatch
 from layertap.models.images import ImageLimits, decode_image
 from layertap.models.load import load_model
 from layertap.models.loaded import LoadedModel
@@ -18,6 +19,7 @@ __all__ = [
     "BatchKey",
     "Boxes",
     "IdRange",
+    "ImageBatch",
     "ImageLimits",
     "ImageSettings",
     "InputGuess",

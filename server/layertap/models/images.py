@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,9 +15,10 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from layertap.errors import InvalidInputError
+from layertap.models.exact_images import Pixels, jpeg_pixels, pixels_of
 from layertap.settings.image_settings import Color
 
-__all__ = ["ImageLimits", "Reading", "decode_image"]
+__all__ = ["ImageLimits", "Reading", "decode_image", "decode_pixels"]
 
 _EXPECTED = "a JPEG, PNG or WebP image"
 
@@ -70,7 +72,7 @@ def decode_image(
     limits: ImageLimits = DEFAULT_LIMITS,
     reading: Reading = DEFAULT_READING,
 ) -> Image.Image:
-    """Decode one JPEG, PNG or WebP image. May be called from any thread.
+    """Decode one JPEG, PNG or WebP image with Pillow. May be called from any thread.
 
     The pixels are those of torchvision's default loader, with two differences: the EXIF orientation
     is applied (unless ``reading`` says otherwise), and 16-bit grayscale keeps its brightness
@@ -91,6 +93,36 @@ def decode_image(
         InvalidInputError: The bytes are not such an image, are damaged or incomplete, or announce
             more pixels than allowed.
     """
+    with _opened(data, index, limits) as image:
+        return _loaded(image, reading)
+
+
+def decode_pixels(
+    data: bytes,
+    index: int,
+    limits: ImageLimits = DEFAULT_LIMITS,
+    reading: Reading = DEFAULT_READING,
+) -> Pixels | Image.Image:
+    """Decode one JPEG, PNG or WebP image to its bytes; see ``decode_image``.
+
+    JPEG files in colour or gray, which are most, are decoded by libjpeg-turbo directly. Use this
+    only if ``exact_images.is_exact()``.
+
+    Returns:
+        The pixels of an image of 8 bits per channel, or an image of mode ``I;16``.
+    """
+    with _opened(data, index, limits) as image:
+        if _is_plain_jpeg(image, reading):
+            pixels = jpeg_pixels(data, image.size, gray=image.mode == "L")
+            if pixels is not None:
+                return pixels
+        loaded = _loaded(image, reading)
+        return loaded if loaded.mode == "I;16" else pixels_of(loaded)
+
+
+@contextmanager
+def _opened(data: bytes | memoryview, index: int, limits: ImageLimits) -> Iterator[ImageFile]:
+    """Read the header of an image file, check it, and turn the errors of the block into ours."""
     if not data:
         raise InvalidInputError(f"got no bytes, expected {_EXPECTED}", image=index)
     open_file = _opener(bytes(data[:12]))
@@ -104,13 +136,7 @@ def decode_image(
     try:
         with open_file(io.BytesIO(data)) as image:
             _check_size(image.size, index, limits)
-            image.load()
-            # PNG may have its EXIF after the pixels, so it is read once they are loaded.
-            turn = _UPRIGHT.get(_orientation(image)) if reading.exif_orientation else None
-            # The conversion drops transparency anyway, and Pillow warns about some of its values.
-            image.info.pop("transparency", None)
-            converted = _converted(image, reading)
-            return converted if turn is None else converted.transpose(turn)
+            yield image
     except (InvalidInputError, MemoryError):
         raise
     # Pillow's parsers may raise anything: OSError, SyntaxError, ValueError, struct.error, ...
@@ -120,6 +146,25 @@ def decode_image(
             f"got {len(data)} bytes that are damaged or cut short, expected {_EXPECTED}, complete",
             image=index,
         ) from error
+
+
+def _loaded(image: ImageFile, reading: Reading) -> Image.Image:
+    image.load()
+    # PNG may have its EXIF after the pixels, so it is read once they are loaded.
+    turn = _UPRIGHT.get(_orientation(image)) if reading.exif_orientation else None
+    # The conversion drops transparency anyway, and Pillow warns about some of its values.
+    image.info.pop("transparency", None)
+    converted = _converted(image, reading)
+    return converted if turn is None else converted.transpose(turn)
+
+
+def _is_plain_jpeg(image: ImageFile, reading: Reading) -> bool:
+    """Return whether an image is a JPEG file whose pixels need no conversion and no turn."""
+    if not isinstance(image, JpegImageFile):
+        return False
+    if image.mode != "L" and (image.mode != "RGB" or reading.color is not Color.RGB):
+        return False
+    return not reading.exif_orientation or _orientation(image) not in _UPRIGHT
 
 
 def _orientation(image: Image.Image) -> int:

@@ -6,15 +6,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from layertap.errors import ConfigError, InvalidInputError, ModelLoadError
+from layertap.models.exact_images import FILTERS, Pixels, convert, image_of, is_exact
 from layertap.models.images import (
     DEFAULT_LIMITS,
     ImageLimits,
     Reading,
     decode_image,
+    decode_pixels,
 )
 from layertap.models.signature import InputSpec
 from layertap.models.steps import CustomTransform, ResizeMode, Steps, steps_of
@@ -62,55 +66,72 @@ class Preprocess:
         return (self.channels, *size) if size else None
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        """Convert a decoded image to ``[C, H, W] float32``, on the CPU.
+        """Convert a decoded image to ``[C, H, W] float32``, on the CPU: the reference for values.
 
         Raises:
             InvalidInputError: The image is so narrow that resizing would make it huge.
         """
-        return self.batch([self.steps.shrink(image)])[0]
+        return self.steps.finish(self.steps.shrink(image), self.channels)
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether files are converted without PyTorch, by ``exact_images``."""
+        if not isinstance(self.steps, Steps):
+            return False
+        return (not self.steps.resize or self.steps.interpolation in FILTERS) and is_exact()
 
     def decode(
-        self, data: bytes | memoryview, index: int, limits: ImageLimits = DEFAULT_LIMITS
-    ) -> Image.Image:
-        """Decode an image file, resize and crop it.
+        self,
+        data: bytes,
+        index: int,
+        limits: ImageLimits = DEFAULT_LIMITS,
+        target: NDArray[np.float32] | None = None,
+    ) -> NDArray[np.float32] | Image.Image:
+        """Decode an image file, resize and crop it, and convert it if that needs no PyTorch.
 
-        This is most of the work. It uses PIL but not PyTorch, so any thread may call it.
+        This is all of the work or most of it. Any thread may call it.
 
         Args:
             data: The encoded file.
             index: The image's place in the request, for messages.
             limits: The limits for decoding.
+            target: Where to write the item, ``[C, H, W]``, if the preprocessing gives one shape.
+
+        Returns:
+            The item ``[C, H, W] float32``, which is ``target`` if given; or the resized image, for
+            ``steps.finish``, in the cases that ``exact_images`` doesn't handle: 16 bits, images
+            that need padding, a function as preprocessing.
 
         Raises:
             InvalidInputError: The file can't be decoded, or the image is so narrow that resizing
                 would make it huge.
         """
-        reading = Reading(
-            self.color, self.exif_orientation, keep_16_bit=isinstance(self.steps, Steps)
-        )
-        return self.steps.shrink(decode_image(data, index, limits, reading), index)
+        steps = self.steps
+        if not isinstance(steps, Steps) or not self.is_fast:
+            return steps.shrink(decode_image(data, index, limits, self._reading), index)
+        decoded = decode_pixels(data, index, limits, self._reading)
+        if isinstance(decoded, Image.Image):
+            return steps.shrink(decoded, index)
+        item = self._converted(steps, decoded, index, target)
+        return steps.shrink(image_of(decoded, self.color), index) if item is None else item
 
-    def batch(self, decoded: Sequence[Image.Image]) -> torch.Tensor:
-        """Convert images from ``decode`` to one batch ``[B, C, H, W] float32``, on the CPU.
+    @property
+    def _reading(self) -> Reading:
+        return Reading(self.color, self.exif_orientation, keep_16_bit=isinstance(self.steps, Steps))
 
-        Raises:
-            InvalidInputError: There is no image, or their sizes differ after preprocessing, which
-                can happen if the model's preprocessing doesn't crop.
-        """
-        if not decoded:
-            raise InvalidInputError("images: got none, expected at least one")
-        tensors: list[torch.Tensor] = []
-        for index, image in enumerate(decoded):
-            tensor = self.steps.finish(image, self.channels)
-            if tensors and tensor.shape != tensors[0].shape:
-                raise InvalidInputError(
-                    f"got {_size(tensor)} after preprocessing, expected {_size(tensors[0])} like "
-                    "the first image: this model's preprocessing doesn't crop, so a batch needs "
-                    "images of one size",
-                    image=index,
-                )
-            tensors.append(tensor)
-        return torch.stack(tensors)
+    def _converted(
+        self, steps: Steps, pixels: Pixels, index: int, target: NDArray[np.float32] | None
+    ) -> NDArray[np.float32] | None:
+        """Return the item; None if the image needs padding or has other channels."""
+        height, width, channels = pixels.shape
+        kept = steps.kept(width, height, index)
+        if kept is None or (channels > 1 and self.channels != 3):
+            return None
+        if target is None:
+            target = np.empty((self.channels, *kept.window[2:]), np.float32)
+        tables = steps.tables(self.channels)
+        convert(pixels, kept, steps.interpolation, tables, target)
+        return target
 
     def pictures(self, batch: torch.Tensor) -> torch.Tensor | None:
         """Return the pixels of a batch ``[B, C, H, W]`` that the model takes, as RGB.
@@ -189,6 +210,7 @@ def _with_steps(
     )
     _check_channels(chosen, model)
     _check_size(chosen, takes, model)
+    is_exact()  # compares now, not when the first request waits
     return chosen
 
 
@@ -356,7 +378,3 @@ def _pair(sizes: Sequence[int]) -> tuple[int, ...]:
 
 def _by(sizes: Sequence[int]) -> str:
     return " x ".join(map(str, sizes))
-
-
-def _size(tensor: torch.Tensor) -> str:
-    return f"{tensor.shape[-1]} x {tensor.shape[-2]} pixels"

@@ -6,9 +6,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms import (
     CenterCrop,
@@ -33,6 +36,7 @@ from torchvision.transforms.functional import (
 )
 
 from layertap.errors import InvalidInputError
+from layertap.models.exact_images import Kept
 
 __all__ = ["MAX_RESIZED_PIXELS", "CustomTransform", "ResizeMode", "Steps", "steps_of"]
 
@@ -104,6 +108,33 @@ class Steps:
                 return _cropped_down(image, self.crop)
             image = center_crop(image, list(self.crop))
         return image
+
+    def kept(self, width: int, height: int, index: int | None = None) -> Kept | None:
+        """Return what ``shrink`` would keep of an image of this size.
+
+        Returns:
+            None if ``shrink`` would pad it.
+
+        Raises:
+            InvalidInputError: The image is so narrow that resizing would make it huge.
+        """
+        size = (height, width)
+        if self.resize:
+            resized = self._resized(width, height, index)
+            size = _both_sides(resized, width, height)
+        rows, columns = self.crop or size
+        if min(size) < 1 or rows > size[0] or columns > size[1]:
+            return None
+        if self.crop_down:
+            top, left = (size[0] - rows) // 2, (size[1] - columns) // 2
+        else:
+            # torchvision's center_crop: a half is rounded to the even pixel.
+            top, left = round((size[0] - rows) / 2), round((size[1] - columns) / 2)
+        return Kept(size, (top, left, rows, columns))
+
+    def tables(self, channels: int) -> NDArray[np.float32]:
+        """Return what ``finish`` makes of each of the 256 bytes: ``[channels, 256]``."""
+        return _tables(self.mean, self.std, channels)
 
     def finish(self, shrunk: Image.Image, channels: int) -> torch.Tensor:
         """Convert the resized image to ``[channels, H, W] float32``, on the CPU.
@@ -206,6 +237,24 @@ class CustomTransform:
     def describe(self) -> list[str]:
         """Return the name of the function, or the names of the transforms in a chain."""
         return [self.name]
+
+
+@lru_cache(maxsize=256)
+def _tables(mean: tuple[float, ...], std: tuple[float, ...], channels: int) -> NDArray[np.float32]:
+    every_byte = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(1, 256))
+    tables: NDArray[np.float32] = (
+        Steps(mean=mean, std=std).finish(every_byte, channels).reshape(channels, 256).numpy()
+    )
+    return np.ascontiguousarray(tables)
+
+
+def _both_sides(resized: tuple[int, ...], width: int, height: int) -> tuple[int, int]:
+    """Return height and width of a resized image, by torchvision's rule for the short side."""
+    if len(resized) == 2:
+        return resized[0], resized[1]
+    short, long = sorted((width, height))
+    longer = int(resized[0] * long / short)
+    return (longer, resized[0]) if width <= height else (resized[0], longer)
 
 
 def steps_of(transform: Callable[..., Any]) -> Steps | CustomTransform:

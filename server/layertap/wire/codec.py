@@ -1,4 +1,4 @@
-"""The codec and malloc control: the C++ extension, or plain Python if it was not built."""
+"""What the C++ extension does: the codec, images and malloc; plain Python if it was not built."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ __all__ = [
     "ReplyLayout",
     "decode",
     "encode",
+    "image_values",
     "malloc_usage",
     "raw_layout",
     "set_malloc_bound",
@@ -42,6 +43,7 @@ ReplyBuilder = _codec.ReplyBuilder
 ReplyLayout = _codec.ReplyLayout
 decode = _codec.decode
 encode = _codec.encode
+image_values = _codec.image_values
 malloc_usage = _codec.malloc_usage
 raw_layout = _codec.raw_layout
 set_malloc_bound = _codec.keep_memory
