@@ -15,6 +15,7 @@ from layertap.cli.options import local_model, local_model_options, refuse_with_s
 from layertap.errors import InvalidInputError
 from layertap.intervention import Intervention, parse_interventions
 from layertap.objective import parse_objective
+from layertap.projection import Projection
 from layertap.selection import SENT_DTYPES, Extractor, LayerSelection, Reduction
 from layertap.texts import Truncation
 
@@ -119,9 +120,11 @@ class _Part(click.ParamType["tuple[int, int]"]):
     "layers",
     multiple=True,
     required=True,
-    metavar="LAYER[:CAPTURE][:reduce=R][:dtype=T][=NAME]",
-    help="A layer to write. May be given several times, and may be a glob. CAPTURE is output, "
-    "input, gradient or input_gradient.",
+    metavar="LAYER[+LAYER]...[:CAPTURE][:OPTION=VALUE]...[=NAME]",
+    help="A layer to write, or several whose channels follow one another. May be given several "
+    "times, and may be a glob. CAPTURE is output, input, gradient or input_gradient. Options: "
+    "reduce=REDUCTION, dtype=TYPE, around=3 (the mean of 3 x 3 places), resize=HxW, pool=HxW, "
+    "project=@pca.npz, map=FORM. See docs/extraction.md.",
 )
 @click.option(
     "--objective",
@@ -283,7 +286,7 @@ def extract(
             else Reduction(reduction),
             dtype=selection.dtype or dtype or "",
         )
-        for selection in map(LayerSelection.parse, layers)
+        for selection in (LayerSelection.parse(layer, Projection.load) for layer in layers)
     ]
     from layertap.cli.render import Stderr, show_outputs
     from layertap.dataset.run import check_output

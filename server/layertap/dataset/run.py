@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,7 +24,15 @@ from layertap.dataset.sources import Part, Source, gather
 from layertap.dataset.writers import Format, JoinedFormat, ShardedFormat, format_of, write_part
 from layertap.errors import InvalidInputError
 from layertap.intervention import parse_interventions
-from layertap.selection import Extractor, SelectionLike, Sweep, as_extractor, parse_selections
+from layertap.projection import Projection
+from layertap.selection import (
+    Extractor,
+    LayerSelection,
+    SelectionLike,
+    Sweep,
+    as_extractor,
+    parse_selections,
+)
 
 if TYPE_CHECKING:
     from layertap.intervention import InterventionsLike
@@ -157,9 +165,10 @@ def extract(
         "part": f"{part[0]}/{part[1]}",
     }
     named = {
-        selection.alias or f"{selection.layer}:{selection.capture}:{selection.method}": {
-            **asdict(selection),
+        selection.alias or f"{selection.name}:{selection.capture}:{selection.method}": {
+            **asdict(replace(selection, projection=None)),
             "sweep": {**asdict(selection.sweep), "baseline": _baseline(selection.sweep)},
+            "projection": _projection(selection),
         }
         for selection in selections
     }
@@ -217,12 +226,23 @@ def _input_facts(source: Source) -> Facts:
 def _baseline(sweep: Sweep) -> float | dict[str, str]:
     """Return a baseline as it is, or for a tensor what tells it from others."""
     base = sweep.baseline
-    if not isinstance(base, np.ndarray):
-        return base
+    return base if not isinstance(base, np.ndarray) else _array_facts(base)
+
+
+def _projection(selection: LayerSelection) -> dict[str, dict[str, str]] | None:
+    """Return what tells a projection from others; None if there is none."""
+    given = selection.projection
+    if not isinstance(given, Projection):
+        return None
+    arrays = {"matrix": given.matrix, "mean": given.mean}
+    return {name: _array_facts(array) for name, array in arrays.items() if array is not None}
+
+
+def _array_facts(array: np.ndarray) -> dict[str, str]:
     return {
-        "dtype": base.dtype.name,
-        "shape": str(list(base.shape)),
-        "sha256": hashlib.sha256(base.tobytes()).hexdigest(),
+        "dtype": array.dtype.name,
+        "shape": str(list(array.shape)),
+        "sha256": hashlib.sha256(array.tobytes()).hexdigest(),
     }
 
 
