@@ -371,6 +371,7 @@ def _array(file: str) -> np.ndarray[Any, np.dtype[Any]]:
 
 
 def _source(given: _Given, truncation: Truncation, field: str) -> Source:
+    from layertap.dataset.addresses import is_address
     from layertap.dataset.sources import (
         AudioContent,
         Files,
@@ -390,7 +391,7 @@ def _source(given: _Given, truncation: Truncation, field: str) -> Source:
         return gather(given.inputs, truncation, field)
     if given.recordings:
         for file in given.recordings:
-            if not Path(file).is_file():
+            if not is_address(file) and not Path(file).is_file():
                 raise InvalidInputError(f"audio {file}: no such file")
         return joined([Files(given.recordings, AudioContent())])
     if given.arrays:
