@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["extract"]
 
-_FORMATS = ("npz", "npy", "safetensors", "parquet", "zarr", "hdf5")
+_FORMATS = ("npz", "npy", "safetensors", "parquet", "lance", "zarr", "hdf5")
 _SOME_FAILED = 3
 _INTERRUPTED = 130
 
@@ -148,7 +148,7 @@ class _Part(click.ParamType["tuple[int, int]"]):
     type=click.Path(path_type=Path),
     metavar="PATH",
     help="The file or folder to write. Its suffix says the format: .npz, .npy, .safetensors, "
-    ".parquet, .zarr, .h5.",
+    ".parquet, .lance, .zarr, .h5.",
 )
 @click.option(
     "--format",

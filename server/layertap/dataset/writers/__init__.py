@@ -6,6 +6,7 @@ from pathlib import Path
 
 from layertap.dataset.writers.base import Format, JoinedFormat, ShardedFormat
 from layertap.dataset.writers.hdf5 import Hdf5
+from layertap.dataset.writers.lance_data import Lance
 from layertap.dataset.writers.numpy_files import Npy, Npz, write_part
 from layertap.dataset.writers.parquet import Parquet
 from layertap.dataset.writers.safetensors_files import Safetensors
@@ -15,7 +16,7 @@ from layertap.errors import ConfigError
 __all__ = ["FORMATS", "Format", "JoinedFormat", "ShardedFormat", "format_of", "write_part"]
 
 FORMATS: dict[str, Format] = {
-    each.name: each for each in (Npz(), Npy(), Safetensors(), Parquet(), Zarr(), Hdf5())
+    each.name: each for each in (Npz(), Npy(), Safetensors(), Parquet(), Lance(), Zarr(), Hdf5())
 }
 """The formats by name."""
 
