@@ -246,8 +246,14 @@ def test_addresses_that_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Unknown schemes, chains and passwords; and a library that is missing is named."""
     with pytest.raises(InvalidInputError, match="nosuch"):
         gather(["nosuch://x/a.jpg"])
+    with pytest.raises(InvalidInputError, match="IPv6"):
+        gather(["http://[x/a.jpg"])
     with pytest.raises(InvalidInputError, match="chain"):
         gather(["simplecache::memory://x/a.jpg"])
+    with pytest.raises(InvalidInputError, match="chain"):
+        gather(["zip://a.jpg::memory://x/a.zip"])
+    with pytest.raises(UnavailableError):
+        gather(["http://[::1]:1/a.jpg"])
     with pytest.raises(InvalidInputError, match="password") as raised:
         gather(["http://me:secret@127.0.0.1/a.jpg"])
     assert "secret" not in str(raised.value)

@@ -81,7 +81,11 @@ def content(folder: Path) -> dict[str, bytes]:
     manifest = json.loads(found.pop("out.lance.manifest.json"))
     manifest["files"] = {n: each for n, each in manifest["files"].items() if n.startswith("data/")}
     table = lance.dataset(folder / "out.lance").to_table()
-    return {**found, "manifest": json.dumps(manifest).encode(), "rows": repr(table.to_pydict()).encode()}
+    return {
+        **found,
+        "manifest": json.dumps(manifest).encode(),
+        "rows": repr(table.to_pydict()).encode(),
+    }
 
 
 def killed(items: str, output: Path, begun, seconds: float) -> None:

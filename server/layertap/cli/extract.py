@@ -145,10 +145,10 @@ class _Part(click.ParamType["tuple[int, int]"]):
     "-o",
     "--output",
     required=True,
-    type=click.Path(path_type=Path),
+    type=click.Path(),
     metavar="PATH",
-    help="The file or folder to write. Its suffix says the format: .npz, .npy, .safetensors, "
-    ".parquet, .lance, .zarr, .h5.",
+    help="The file or folder to write, or the address of an object store. Its suffix says the "
+    "format: .npz, .npy, .safetensors, .parquet, .lance, .zarr, .h5.",
 )
 @click.option(
     "--format",
@@ -229,7 +229,7 @@ def extract(
     layers: tuple[str, ...],
     objective: str | None,
     changes: tuple[str, ...],
-    output: Path,
+    output: str,
     output_format: str | None,
     overwrite: bool,
     on_error: str,
@@ -291,11 +291,9 @@ def extract(
     from layertap.cli.render import Stderr, show_outputs
     from layertap.dataset.run import check_output
     from layertap.dataset.run import extract as run
-    from layertap.dataset.writers import format_of
 
     # What can be wrong is reported before a model is loaded.
-    format_of(output, output_format or "")
-    check_output(output)
+    check_output(output, output_format or "")
     given = _Given(items, arrays, given_texts, texts_file, recordings)
     source = _source(given, Truncation(truncation), field)
     terminal = Stderr()

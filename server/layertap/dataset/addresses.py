@@ -20,10 +20,12 @@ from urllib.parse import urlsplit
 from layertap.errors import ConfigError, InvalidInputError, LayertapError, UnavailableError
 
 __all__ = [
+    "address_errors",
     "address_stamp",
     "file_system",
     "found_at",
     "is_address",
+    "local_path",
     "open_address",
     "read_address",
     "read_range",
@@ -31,6 +33,7 @@ __all__ = [
 ]
 
 _SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+(::.*)?://")
+_CHAIN = re.compile(r"^[a-zA-Z0-9+.-]+::|::[a-zA-Z][a-zA-Z0-9+.-]*://")
 _WEB = ("http", "https")
 _REFUSED_STATUS = range(400, 500)
 _STAMPS = (
@@ -43,6 +46,11 @@ _STAMPS = (
 def is_address(path: str) -> bool:
     """Return whether a path is an address with a scheme, such as ``s3://bucket/a.jpg``."""
     return _SCHEME.match(path) is not None
+
+
+def local_path(path: str) -> str:
+    """Return the path that an address such as ``file:///a.npz`` means; any other as it is."""
+    return file_system(path)[1] if path.startswith(("file://", "local://")) else path
 
 
 def suffix_of(path: str) -> str:
@@ -76,9 +84,13 @@ def file_system(address: str) -> tuple[Any, str]:
 
 
 def _check(address: str) -> None:
-    if "::" in address:
+    if _CHAIN.search(address):
         raise InvalidInputError(f"address {address}: got a chain of file systems, expected one")
-    if urlsplit(address).password:
+    try:
+        password = urlsplit(address).password
+    except ValueError as error:
+        raise InvalidInputError(f"address {address}: {error}") from error
+    if password:
         shown = re.sub(r"//[^@/]*@", "//…@", address)
         raise InvalidInputError(
             f"address {shown}: got a password, which would be in the ids of the output; give it to "
@@ -102,7 +114,7 @@ def found_at(address: str, suffixes: frozenset[str]) -> list[str] | None:
         UnavailableError: See Note [What an address may fail with].
     """
     fs, path = file_system(address)
-    with _errors(address):
+    with address_errors(address):
         # In the addresses of web pages, a question mark begins the query.
         signs = "*" if address.partition(":")[0].lower() in _WEB else "*?["
         if any(sign in path for sign in signs) and not fs.exists(path):
@@ -138,7 +150,7 @@ def address_stamp(address: str) -> str:
     """
     fs, path = file_system(address)
     try:
-        with _errors(address):
+        with address_errors(address):
             info = fs.info(path)
     except InvalidInputError:
         return ""
@@ -153,14 +165,14 @@ def read_address(address: str) -> bytes:
         UnavailableError: See Note [What an address may fail with].
     """
     fs, path = file_system(address)
-    with _errors(address):
+    with address_errors(address):
         return bytes(fs.cat_file(path))
 
 
 def read_range(address: str, begin: int, size: int) -> bytes:
     """Return some bytes of a file; fewer if it ends before. For errors see ``read_address``."""
     fs, path = file_system(address)
-    with _errors(address):
+    with address_errors(address):
         raw = bytes(fs.cat_file(path, start=begin, end=begin + size)) if size else b""
     if len(raw) > size:
         # The answer is the whole file, not its beginning at ``begin``.
@@ -173,12 +185,13 @@ def read_range(address: str, begin: int, size: int) -> bytes:
 def open_address(address: str) -> Any:
     """Open a file for reading at any place. For errors see ``read_address``."""
     fs, path = file_system(address)
-    with _errors(address):
+    with address_errors(address):
         return fs.open(path, "rb")
 
 
 @contextmanager
-def _errors(address: str) -> Iterator[None]:
+def address_errors(address: str) -> Iterator[None]:
+    """Convert the errors of a file system; see Note [What an address may fail with]."""
     try:
         yield
     except LayertapError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from layertap.dataset.addresses import suffix_of
 from layertap.dataset.writers.base import Format, JoinedFormat, ShardedFormat
 from layertap.dataset.writers.hdf5 import Hdf5
 from layertap.dataset.writers.lance_data import Lance
@@ -21,7 +22,7 @@ FORMATS: dict[str, Format] = {
 """The formats by name."""
 
 
-def format_of(output: Path, name: str = "") -> Format:
+def format_of(output: str | Path, name: str = "") -> Format:
     """Return the format of an output, by its name or by the output's suffix.
 
     Raises:
@@ -32,7 +33,7 @@ def format_of(output: Path, name: str = "") -> Format:
         if found is None:
             raise ConfigError(f"format: got {name!r}, expected one of {', '.join(FORMATS)}")
     else:
-        suffix = output.suffix.lower()
+        suffix = suffix_of(str(output).rstrip("/"))
         found = next((each for each in FORMATS.values() if suffix in each.suffixes), None)
         if found is None:
             known = ", ".join(suffix for each in FORMATS.values() for suffix in each.suffixes)
