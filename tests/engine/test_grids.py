@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,22 @@ from torch.nn import functional
 
 import asking
 import tinynets
-from layertap import Extractor, Features, LayerSelection, Projection, Reduction, Regrid, errors
+from layertap import (
+    Extractor,
+    Features,
+    Intervention,
+    LayerSelection,
+    Projection,
+    Reduction,
+    Regrid,
+    errors,
+)
 from layertap.engine import Call, Engine, HostOptions, Limits
 from layertap.engine.making import Made, Making
 from layertap.extraction.points import Dim, ValueSpec
 from layertap.extraction.projecting import Matrix, projected
 from layertap.extraction.reductions import Reduced
+from layertap.local import load
 from layertap.models import ModelSpec
 from layertap.settings import BatchPolicy
 from oracle import outputs_of
@@ -174,26 +185,47 @@ def test_each_request_of_a_shared_pass_has_its_own_matrix() -> None:
     engine = Engine()
     options = HostOptions(batching=BatchPolicy(max_size=8, max_delay=0.2))
     engine.load(ModelSpec("tinynets:chain", item_shape=tinynets.ITEM), options=options)
-    x = torch.rand(1, *tinynets.ITEM)
-    [value] = (outputs_of(tinynets.chain(), x, "layer2")[0],)
+    xs = [torch.rand(1 + number, *tinynets.ITEM) for number in range(4)]
     begin = threading.Barrier(4)
 
+    def expected(number: int) -> torch.Tensor:
+        one, two = (outputs_of(tinynets.chain(), xs[number], f"layer{n}")[0] for n in (1, 2))
+        large = functional.interpolate(two, one.shape[2:], mode="bilinear", align_corners=False)
+        return torch.cat([one, large], 1)[:, number + 6]
+
     def one(number: int) -> tuple[np.ndarray, int]:
-        matrix = np.zeros((1, 16), np.float32)
-        matrix[0, number] = 1
-        selection = LayerSelection("layer2", projection=Projection(matrix))
-        request = asking.request_for("chain", [selection], x, Extractor.HOOK)
+        matrix = np.zeros((1, 24), np.float32)
+        matrix[0, number + 6] = 1
+        selection = LayerSelection("layer1", concat=("layer2",), projection=Projection(matrix))
+        request = asking.request_for("chain", [selection], xs[number], Extractor.HOOK)
         begin.wait()
         extraction = engine.extract(request, Call())
-        return Features(extraction.payload)["layer2"], extraction.together
+        return Features(extraction.payload)["layer1+layer2"], extraction.together
 
     with ThreadPoolExecutor(4) as threads:
         for _ in range(3):
             results = list(threads.map(one, range(4)))
             for number, (found, _) in enumerate(results):
-                np.testing.assert_allclose(found[:, 0], value[:, number].numpy(), atol=1e-5)
+                np.testing.assert_allclose(found[:, 0], expected(number).numpy(), atol=1e-5)
     assert max(together for _, together in results) > 1
     engine.close()
+
+
+def test_sets_of_interventions() -> None:
+    """Each set of changes has its own part of the tensor, as without a concatenation."""
+    texts = ("layer1:channel=3:zero", "layer2:scale=2")
+    changes = [
+        replace(Intervention.parse(text), set=number) for number, text in enumerate(texts, 1)
+    ]
+    with load("tinynets:residual", item_shape=WIDE, device="cpu") as model:
+        both = [
+            model.extract(X, layers, interventions=changes, extractor="hook").numpy()
+            for layers in (["layer1+layer2"], ["layer1", "layer2:resize=8x12"])
+        ]
+    together, apart = both
+    whole = np.concatenate([apart["layer1"], apart["layer2"]], 1)
+    assert np.array_equal(together["layer1+layer2"], whole)
+    assert not np.array_equal(whole[:3], whole[3:])
 
 
 def test_a_pass_that_runs_again_replaces_what_it_left() -> None:
