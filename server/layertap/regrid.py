@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from numbers import Integral
 
 from layertap.errors import InvalidInputError
 
@@ -47,18 +48,20 @@ class Regrid:
     def __post_init__(self) -> None:
         if not isinstance(self.resize, Resize):
             object.__setattr__(self, "resize", _resize(self.resize))
-        if not 1 <= self.around <= MAX_AROUND or self.around % 2 == 0:
+        whole = isinstance(self.around, Integral) and self.around % 2 == 1
+        if not whole or not 1 <= self.around <= MAX_AROUND:
             raise InvalidInputError(
                 f"around: got {self.around}, expected an odd number from 1 to {MAX_AROUND}"
             )
         if self.size is None:
             return
         size = tuple(self.size)
-        if len(size) != 2 or not all(1 <= side <= MAX_SIDE for side in size):
+        whole = all(isinstance(side, Integral) and 1 <= side <= MAX_SIDE for side in size)
+        if len(size) != 2 or not whole:
             raise InvalidInputError(
                 f"size: got {list(size)}, expected a height and a width from 1 to {MAX_SIDE}"
             )
-        object.__setattr__(self, "size", size)
+        object.__setattr__(self, "size", (int(size[0]), int(size[1])))
 
     @classmethod
     def parse(cls, around: str = "", resize: str = "", pool: str = "") -> Regrid:

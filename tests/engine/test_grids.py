@@ -339,6 +339,23 @@ def test_matrices_that_are_refused(matrix: Any, mean: Any, message: str) -> None
         Projection(matrix, mean)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"around": 3.0}, "around: got 3.0"),
+        ({"around": 0}, "around: got 0"),
+        ({"size": (2.5, 3)}, r"size: got \[2.5, 3\]"),
+        ({"size": (2,)}, r"size: got \[2\]"),
+        ({"size": (2, 3), "resize": "nearest"}, "resize: got 'nearest', expected one of bilinear"),
+    ],
+)
+def test_grids_that_are_refused(given: dict[str, Any], message: str) -> None:
+    """A grid checks its numbers before anything is sent; NumPy's are numbers too."""
+    with pytest.raises(errors.InvalidInputError, match=message):
+        Regrid(**given)
+    assert Regrid(size=np.array([2, 3])) == Regrid(size=(2, 3))
+
+
 def test_files_of_projections(tmp_path) -> None:
     """An .npy file is a matrix; an .npz file has scikit-learn's names or ours."""
     matrix, mean = np.ones((2, 3)), np.arange(3.0)
