@@ -10,7 +10,7 @@ fuzz: SECONDS ?= 60
 mutants: COUNT ?= 40
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-clients test-models test-gradients test-beside test-zoo test-packages soak chaos storm fuzz mutants bench bench-cuda bench-sentences perf-analyzer check check-deploy fmt gen clean
+.PHONY: help setup demo serve test test-clients test-models test-gradients test-beside test-s3 test-zoo test-packages soak chaos storm fuzz mutants bench bench-cuda bench-dataset bench-sentences perf-analyzer check check-deploy fmt gen clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -41,6 +41,9 @@ test-gradients: .venv/.built ## the gradient of every layer of every model; writ
 test-beside: .venv/.built build/beside/.installed ## gradients beside captum and pytorch-grad-cam; writes docs/coverage.md
 	PYTHONPATH=server build/beside/bin/python -W ignore tests/coverage/beside_others.py \
 	  --rows build/beside.json --write docs/coverage.md $(ARGS)
+
+test-s3: .venv/.built build/s3/.installed ## data sets in S3, with a server of it; kill -9 and go on: a minute
+	PYTHONPATH=server build/s3/bin/python -m pytest -q -s tests/dataset/check_s3.py $(ARGS)
 
 test-zoo: setup ## every layer of every awkward model, in every way; writes docs/coverage.md
 	$(BIN)/python -W ignore tests/zoo/prove_zoo.py --write docs/coverage.md $(ARGS)
@@ -93,6 +96,9 @@ bench-cuda: ## extractors, CUDA graphs and a server on a GPU, in minutes: make b
 
 bench-sentences: .venv/.built build/sentences/.installed ## sentences a second, beside sentence-transformers
 	PYTHONPATH=server build/sentences/bin/python -W ignore benchmarks/bench_sentences.py $(ARGS)
+
+bench-dataset: .venv/.built build/dataset/.installed ## photos a second of layertap extract, beside thingsvision: an hour
+	PYTHONPATH=server $(BIN)/python -W ignore benchmarks/bench_dataset.py $(ARGS)
 
 perf-analyzer: .venv/.built ## NVIDIA's load generator against a served resnet18, three ways
 	$(BIN)/python tools/perf_analyzer.py $(ARGS)
@@ -168,6 +174,23 @@ build/sentences/.installed: tools/sentences-requirements.txt .venv/.installed
 	$(BIN)/python -c 'import site; print("\n".join(site.getsitepackages()))' \
 	  > $$(echo build/sentences/lib/python3*/site-packages)/main-environment.pth
 	build/sentences/bin/pip install --quiet -c constraints.txt -r $<
+	touch $@
+
+# As the one above. Its own packages are listed, as thingsvision would bring the whole of TensorFlow.
+build/dataset/.installed: tools/dataset-requirements.txt .venv/.installed
+	test -x build/dataset/bin/python || $(BIN)/python -m venv build/dataset
+	$(BIN)/python -c 'import site; print("\n".join(site.getsitepackages()))' \
+	  > $$(echo build/dataset/lib/python3*/site-packages)/main-environment.pth
+	build/dataset/bin/pip install --quiet -c constraints.txt -r $<
+	build/dataset/bin/pip install --quiet --no-deps thingsvision==2.7.3
+	touch $@
+
+# As the one above. s3fs and moto need older versions of what other tests use.
+build/s3/.installed: tools/s3-requirements.txt .venv/.installed
+	test -x build/s3/bin/python || $(BIN)/python -m venv build/s3
+	$(BIN)/python -c 'import site; print("\n".join(site.getsitepackages()))' \
+	  > $$(echo build/s3/lib/python3*/site-packages)/main-environment.pth
+	build/s3/bin/pip install --quiet -r $<
 	touch $@
 
 # As the one above.

@@ -66,6 +66,21 @@ of their own on the same cores, over gRPC on TCP. Machine: {facts}.
 {table}
 """
 
+DATASET = """
+## How many photos a second does `layertap extract` turn into features?
+
+[bench_dataset.py](bench_dataset.py) (`make bench-dataset`): {items} generated JPEGs, resnet50
+`avgpool` with random weights by {extractor}, relative to the bare plan on batches that are in
+memory already; medians of {turns} turns, each in a process of its own. The times of layertap
+include the choice of the extractor, its compilation and the writing. Machine: {facts}.
+
+{table}
+
+Memory: an output of {output:.1f} GB with `--memory` {budget:.0f} MiB. The process had at most
+{before:.0f} MiB in RAM during passes of the same batches alone, and {peak:.0f} MiB during the run:
+{share:.2f} of the budget more.
+"""
+
 PICTURE = """
 The chart shows when the device was busy during one call, for resnet50 `avgpool` at batch 1:
 
@@ -683,6 +698,27 @@ def _sentences(results: dict[str, Any], folder: Path) -> str:
     )
 
 
+def _dataset(results: dict[str, Any], folder: Path) -> str:
+    rates, memory = results["rates"], results["memory"]
+    rows = [
+        [way, f"{row['items a second']:.1f}", f"{row['of the bare plan']:.2f}×",
+         f"{row['largest difference']:.0e}"]
+        for way, row in rates["ways"].items()
+    ]  # fmt: skip
+    return DATASET.format(
+        items=rates["items"],
+        turns=rates["turns"],
+        extractor=rates["extractor"].upper(),
+        facts=_facts(results["machine"]),
+        table=_table(["", "photos a second", "relative", "largest difference"], rows),
+        output=memory["output bytes"] / 1e9,
+        budget=memory["budget bytes"] / (1 << 20),
+        before=memory["engine peak bytes"] / (1 << 20),
+        peak=memory["peak bytes"] / (1 << 20),
+        share=memory["beyond the engine, of the budget"],
+    )
+
+
 def _naive(row: dict[str, float]) -> float:
     return row["times_as_fast_as_naive"]
 
@@ -717,6 +753,7 @@ SECTIONS: dict[str, Section] = {
     "images": _images,
     "memory": _memory,
     "sentences": _sentences,
+    "dataset": _dataset,
 }
 
 

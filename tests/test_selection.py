@@ -113,3 +113,31 @@ def test_texts_that_are_no_selections(text) -> None:
     """A text without a layer, without an alias after ``=``, or with an unknown side is refused."""
     with pytest.raises(InvalidInputError, match=r"layer: got|reduce: got"):
         LayerSelection.parse(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "layer1",
+        "avgpool:input=before",
+        r"heads.a\=b\:c\+d\\=x=y:z",
+        "layer4:grad_cam:map=resized",
+        "layer3:reduce=global_average_pool:dtype=float16=pooled",
+        "layer2+layer3:around=3=patches",
+        "layer2+layer3.0:input:reduce=flatten:around=5:pool=7x1",
+        "layer2:resize=28x14",
+        "layer2:eigen_cam",
+        "layer2:input_gradient",
+    ],
+)
+def test_a_selection_is_its_text(text: str) -> None:
+    """What ``parse`` reads is written again in the same way."""
+    assert LayerSelection.parse(text).text == text
+
+
+def test_several_layers_are_one_selection() -> None:
+    """Plus signs separate the names of layers, unless there is a backslash in front."""
+    selection = LayerSelection.parse(r"a.b+c\+d+e:around=3")
+    assert selection.layers == ("a.b", "c+d", "e")
+    assert selection.name_for("a.b") == "a.b+c+d+e"
+    assert LayerSelection.parse("a+b:gradient").name_for("a") == "a+b:gradient"

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from layertap.local import LocalFeatures, LocalModel, load
     from layertap.malloc import keep_memory
     from layertap.objective import Measure, Objective, ObjectiveTerm
+    from layertap.projection import Projection
+    from layertap.regrid import Regrid, Resize
     from layertap.selection import (
         Capture,
         Extractor,
@@ -64,7 +66,10 @@ __all__ = [
     "Objective",
     "ObjectiveTerm",
     "Operation",
+    "Projection",
     "Reduction",
+    "Regrid",
+    "Resize",
     "Span",
     "StreamRequest",
     "Sweep",
@@ -95,6 +100,8 @@ _HOMES = {
     "layertap.local": ("LocalFeatures", "LocalModel", "load"),
     "layertap.malloc": ("keep_memory",),
     "layertap.objective": ("Measure", "Objective", "ObjectiveTerm"),
+    "layertap.projection": ("Projection",),
+    "layertap.regrid": ("Regrid", "Resize"),
     "layertap.selection": (
         "Capture",
         "Extractor",

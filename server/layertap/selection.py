@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
@@ -15,6 +15,8 @@ import numpy as np
 
 from layertap.errors import InvalidInputError
 from layertap.float_arrays import as_array, check_floats
+from layertap.projection import Projection, SentProjection
+from layertap.regrid import NO_REGRID, Regrid, Resize
 
 __all__ = [
     "MAX_STEPS",
@@ -263,9 +265,10 @@ class LayerSelection:
     Attributes:
         layer: A layer's name, or a glob that matches names.
         capture: The side of the layer, or the gradient with respect to a side.
-        alias: The name in the reply; if empty, it is ``layer``, ``layer:input``,
-            ``layer:gradient`` or ``layer:input_gradient``, or with a method ``layer:grad_cam`` or
-            ``layer:input_grad_cam``; whatever the form of a map is.
+        alias: The name in the reply; if empty, it is ``layer`` (``layer2+layer3`` for a
+            concatenation), ``layer:input``, ``layer:gradient`` or ``layer:input_gradient``, or
+            with a method ``layer:grad_cam`` or ``layer:input_grad_cam``; whatever the form of a map
+            is.
         reduction: What is done to the value before it is sent.
         dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``: the dtype in which floating-point
             values are sent; if empty, the model's own dtype.
@@ -273,11 +276,16 @@ class LayerSelection:
             made of the value.
         sweep: The options of a method that takes several gradients; no effect for others.
         map_form: The form in which the map of a method is sent.
+        concat: Further layers. The values of all of them together are one tensor: their channels
+            follow those of ``layer``. Every option is that of each layer.
+        regrid: What is done to the layer's grid, before the reduction.
+        projection: What the channels are multiplied by, after everything else.
 
     Raises:
         InvalidInputError: For an unknown capture, reduction, method or form, which may be given as
             members or by name; for a method that needs a gradient where the capture is none, or the
-            other way round; for the form of a method that makes no map.
+            other way round; for the form of a method that makes no map; for a glob, a map or a
+            method with a companion in a concatenation.
     """
 
     layer: str
@@ -288,6 +296,9 @@ class LayerSelection:
     method: Method = Method.GRADIENT
     sweep: Sweep = field(default_factory=Sweep)
     map_form: MapForm = MapForm.GRID
+    concat: tuple[str, ...] = ()
+    regrid: Regrid = NO_REGRID
+    projection: Projection | SentProjection | None = None
 
     def __post_init__(self) -> None:
         kinds: tuple[tuple[str, type[Capture | Reduction | Method | MapForm]], ...] = (
@@ -313,16 +324,49 @@ class LayerSelection:
                 f"map: got {self.map_form.name} for {self.method.name} of layer {self.layer!r}, "
                 f"which is no map; maps are {maps}"
             )
+        object.__setattr__(self, "concat", tuple(self.concat))
+        if self.concat:
+            self._check_concat()
+
+    def _check_concat(self) -> None:
+        glob = next((name for name in self.layers if is_glob(name)), None)
+        if glob is not None:
+            raise InvalidInputError(
+                f"concat: got the glob {glob!r}, expected the name of each layer, as their order "
+                f"is that of the channels"
+            )
+        if self.method.is_map or self.method.companion:
+            raise InvalidInputError(
+                f"concat: got {self.method.name} of layers {self.name!r}, expected values or "
+                f"gradients"
+            )
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The layer, and those that are concatenated to it."""
+        return (self.layer, *self.concat)
+
+    @property
+    def name(self) -> str:
+        """The names of all layers together, such as ``layer2+layer3``."""
+        return "+".join(self.layers)
 
     @classmethod
-    def parse(cls, text: str) -> LayerSelection:
-        r"""Read ``LAYER[:CAPTURE][:map=FORM][:reduce=REDUCTION][:dtype=DTYPE][=ALIAS]``.
+    def parse(cls, text: str, load: Callable[[str], Projection] | None = None) -> LayerSelection:
+        r"""Read ``LAYER[+LAYER]...[:CAPTURE][:OPTION=VALUE]...[=ALIAS]``.
 
-        Examples are ``avgpool:input=before``, ``layer3:reduce=global_average_pool=pooled`` and
-        ``layer4:grad_cam:map=resized``. CAPTURE is a value of `Capture`, or of `Method` for what is
-        made of the layer's output or its gradient; if it is left out, ``output``. If the layer's
-        name contains a colon, an equals sign or a backslash, put a backslash in front of it:
-        ``heads.a\=b``. Everything after the alias's equals sign belongs to the alias.
+        Examples are ``avgpool:input=before``, ``layer3:reduce=global_average_pool=pooled``,
+        ``layer4:grad_cam:map=resized`` and ``layer2+layer3:around=3=patches``. The options are
+        ``map``, ``reduce``, ``dtype``, ``around``, ``resize`` and ``pool`` (see `Regrid`) and
+        ``project=@FILE`` (see `Projection`). CAPTURE is a value of `Capture`, or of `Method` for
+        what is made of the layer's output or its gradient; if it is left out, ``output``. If the
+        layer's name contains a colon, an equals sign, a plus sign or a backslash, put a backslash
+        in front of it: ``heads.a\=b``. Everything after the alias's equals sign belongs to the
+        alias.
+
+        Args:
+            text: The text.
+            load: Returns the projection in a file; None if files can't be named.
         """
         layer, sign, rest = cut_at(text, ":=")
         given: dict[str, str] = {}
@@ -335,15 +379,16 @@ class LayerSelection:
             known = dict.fromkeys((*Capture, *Method))
             if name in given or not value or (name == "capture" and value not in known):
                 raise InvalidInputError(
-                    f"layer: got {text!r}, expected one of {', '.join(known)}, 'map=FORM', "
-                    f"'reduce=REDUCTION' or 'dtype=DTYPE' after a colon, each once; a colon in the "
-                    f"layer's own name is written '\\:'"
+                    f"layer: got {text!r}, expected one of {', '.join(known)}, or one of "
+                    f"{', '.join(map('{}=VALUE'.format, _OPTIONS))} after a colon, each once; a "
+                    f"colon in the layer's own name is written '\\:'"
                 )
             given[name] = value
-        if not layer or (sign and not rest):
+        first, *more = _names(layer)
+        if not first or not all(more) or (sign and not rest):
             raise InvalidInputError(
-                f"layer: got {text!r}, expected LAYER[:CAPTURE][:map=FORM][:reduce=REDUCTION]"
-                f"[:dtype=DTYPE][=ALIAS]"
+                f"layer: got {text!r}, expected LAYER[+LAYER]...[:CAPTURE][:OPTION=VALUE]..."
+                f"[=ALIAS]"
             )
         if (dtype := given.get("dtype", "")) and dtype not in SENT_DTYPES:
             raise InvalidInputError(
@@ -355,28 +400,79 @@ class LayerSelection:
             method = Method(capture)
             capture = Capture.GRADIENT if method.takes_gradient else Capture.OUTPUT
         return cls(
-            _ESCAPED.sub(r"\1", layer),
+            first,
             Capture(capture),
             rest,
             _member("reduce", given.get("reduction", Reduction.NONE), Reduction),  # type: ignore[arg-type]
             dtype,
             method=method,
             map_form=_member("map", given.get("map_form", MapForm.GRID), MapForm),  # type: ignore[arg-type]
+            concat=tuple(more),
+            regrid=Regrid.parse(*(given.get(name, "") for name in ("around", "resize", "pool"))),
+            projection=_projection(given.get("projection", ""), load),
         )
 
+    @property
+    def text(self) -> str:
+        """The text that ``parse`` reads as this selection, except for a sweep or a projection."""
+        names = "+".join(_SPECIAL.sub(r"\\\1", name) for name in self.layers)
+        what: str = self.capture if self.method is Method.GRADIENT else self.method
+        size = None if self.regrid.size is None else "{}x{}".format(*self.regrid.size)
+        options = {
+            "map": self.map_form if self.map_form is not MapForm.GRID else None,
+            "reduce": self.reduction if self.reduction is not Reduction.NONE else None,
+            "dtype": self.dtype,
+            "around": self.regrid.around if self.regrid.around > 1 else None,
+            "resize" if self.regrid.resize is Resize.BILINEAR else "pool": size,
+        }
+        given = [f":{name}={value}" for name, value in options.items() if value]
+        side = "" if what == Capture.OUTPUT else f":{what}"
+        return f"{names}{side}{''.join(given)}{'=' if self.alias else ''}{self.alias}"
+
     def name_for(self, layer: str) -> str:
-        """Return the name in the reply for ``layer``, one of the layers that match this."""
+        """Return the name in the reply for ``layer``, one of the layers that match this.
+
+        For a concatenation it is ``layer2+layer3``, in place of the layer.
+        """
         if self.alias:
             return self.alias
+        layer = self.name if self.concat else layer
         if self.capture.is_gradient or not self.method.takes_gradient:
             side = "input_" if self.capture.side is Capture.INPUT else ""
             return f"{layer}:{side}{self.method}"
         return layer if self.capture is Capture.OUTPUT else f"{layer}:{self.capture}"
 
 
-_ESCAPED = re.compile(r"\\([:=\\])")
-_OPTIONS = {"reduce": "reduction", "dtype": "dtype", "map": "map_form"}
+_SPECIAL = re.compile(r"([:=+\\])")
+_ESCAPED = re.compile(r"\\([:=+\\])")
+_OPTIONS = {
+    "reduce": "reduction",
+    "dtype": "dtype",
+    "map": "map_form",
+    "around": "around",
+    "resize": "resize",
+    "pool": "pool",
+    "project": "projection",
+}
 """The fields of a selection that are given by name, by that name."""
+
+
+def _names(text: str) -> list[str]:
+    """Return the names of layers that plus signs separate."""
+    names, sign, rest = [], "+", text
+    while sign:
+        name, sign, rest = cut_at(rest, "+")
+        names.append(_ESCAPED.sub(r"\1", name))
+    return names
+
+
+def _projection(text: str, load: Callable[[str], Projection] | None) -> Projection | None:
+    if not text:
+        return None
+    if load is None or not text.startswith("@"):
+        expected = "no file, as a matrix is sent by a client in Python" if load is None else "@FILE"
+        raise InvalidInputError(f"project: got {text!r}, expected {expected}")
+    return load(text[1:])
 
 
 def cut_at(text: str, signs: str) -> tuple[str, str, str]:
@@ -476,7 +572,7 @@ def parse_selections(layers: SelectionLike) -> list[LayerSelection]:
             ``return_nodes`` convention of torchvision's ``create_feature_extractor``).
 
     Raises:
-        InvalidInputError: If a text is not ``LAYER[:CAPTURE][=ALIAS]``.
+        InvalidInputError: If a text is not as ``LayerSelection.parse`` takes it.
     """
     if isinstance(layers, str | LayerSelection):
         layers = [layers]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import h5py
+import lance
 import ml_dtypes
 import numpy as np
 import pyarrow.parquet as pq
@@ -57,6 +58,20 @@ def read_parquet(path: Path) -> Read:
     return read
 
 
+def read_lance(path: Path) -> Read:
+    table = lance.dataset(path).to_table()
+    assert table.column_names[0] == "ids"
+    read = {"ids": np.array(table["ids"].to_pylist())}
+    for field in table.schema:
+        if field.name != "ids":
+            shape = json.loads(field.metadata[b"shape"])
+            column = table[field.name].combine_chunks()
+            flat = column.flatten() if shape else column
+            name = field.name.replace("%2E", ".")
+            read[name] = flat.to_numpy(zero_copy_only=False).reshape(-1, *shape)
+    return read
+
+
 def read_zarr(path: Path) -> Read:
     return {name: array[:] for name, array in zarr.open_group(path, mode="r").arrays()}
 
@@ -71,6 +86,7 @@ READERS: dict[str, Callable[[Path], Read]] = {
     "npy": read_npy,
     "safetensors": read_safetensors,
     "parquet": read_parquet,
+    "lance": read_lance,
     "zarr": read_zarr,
     "hdf5": read_hdf5,
 }
@@ -97,7 +113,12 @@ def test_there_is_a_reader_for_each_format() -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_rows_ids_and_dtypes(model: LocalModel, items: Path, tmp_path: Path, name: str) -> None:
     """Rows over several shards are those of passes over the same batches, in the items' order."""
-    layers = ["layer1", "avgpool:input:reduce=flatten:dtype=float16", "layer1:dtype=bfloat16=half"]
+    layers = [
+        "layer1",
+        "layer1.0.conv1",
+        "avgpool:input:reduce=flatten:dtype=float16",
+        "layer1:dtype=bfloat16=half",
+    ]
     output = tmp_path / f"out{FORMATS[name].suffixes[0]}"
     extract(
         model, [items], layers, output, extractor="hook", batch_size=2, shard_items=4

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import lance
 import numpy as np
 import pytest
 import torch
@@ -22,7 +23,7 @@ from layertap.dataset.manifest import Workplace
 from layertap.errors import InvalidInputError
 from layertap.local import LocalModel
 
-FORMATS = ["npz", "npy", "safetensors", "parquet", "zarr", "h5"]
+FORMATS = ["npz", "npy", "safetensors", "parquet", "lance", "zarr", "h5"]
 ITEMS, SHARD = 96, 8
 SHARDS = ITEMS // SHARD
 # Its processes start as copies of one that has imported PyTorch, which takes seconds.
@@ -66,10 +67,24 @@ def case(model: LocalModel, items: str, tmp_path: Path) -> Case:
 
 def content(folder: Path) -> dict[str, bytes]:
     """Return the bytes of every file in a folder."""
-    return {
+    found = {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
         if path.is_file()
+    }
+    versions = [name for name in found if "/_versions/" in name or "/_transactions/" in name]
+    if not versions:
+        return found
+    # Lance gives each version a time and random names. Its rows and data files have none.
+    for name in versions:
+        del found[name]
+    manifest = json.loads(found.pop("out.lance.manifest.json"))
+    manifest["files"] = {n: each for n, each in manifest["files"].items() if n.startswith("data/")}
+    table = lance.dataset(folder / "out.lance").to_table()
+    return {
+        **found,
+        "manifest": json.dumps(manifest).encode(),
+        "rows": repr(table.to_pydict()).encode(),
     }
 
 

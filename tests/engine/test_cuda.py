@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import avg_pool2d, interpolate
 
 import asking
 from devices import needs_cuda
-from layertap import Extractor, Features, LayerSelection
+from layertap import Extractor, Features, LayerSelection, Projection
 from layertap.engine import Call, Engine, ExtractionRequest, HostOptions, ImageFiles, Inputs
 from layertap.extraction.tf32 import allow_tf32
 from layertap.extraction.verify import COMPILED_TOLERANCE, TF32_TOLERANCE, difference
@@ -51,6 +52,27 @@ def engine() -> Iterator[Engine]:
 
 def ask(engine: Engine, x: torch.Tensor, extractor: Extractor) -> dict[str, torch.Tensor]:
     return asking.ask(engine, "residual", LAYERS, x, extractor).torch()
+
+
+def test_grids_and_projections(engine: Engine) -> None:
+    """They are computed on the GPU from the values there, each at its moment."""
+    x = torch.rand(3, *ITEM)
+    matrix = np.random.default_rng(0).random((4, 24), np.float32)
+    projection = Projection(matrix, matrix[0])
+    layers = [
+        "bn1+layer1:around=3",
+        LayerSelection("layer1", concat=("layer2",), projection=projection),
+    ]
+    for _ in range(3):
+        found = asking.ask(engine, "residual", layers, x, Extractor.HOOK)
+        near = [avg_pool2d(truth(engine, x, each), 3, 1, 1) for each in ("bn1", "layer1")]
+        near[1] = interpolate(near[1], near[0].shape[2:], mode="bilinear", align_corners=False)
+        np.testing.assert_allclose(found["bn1+layer1"], torch.cat(near, 1).numpy(), atol=1e-5)
+        one, two = (truth(engine, x, each) for each in ("layer1", "layer2"))
+        two = interpolate(two, one.shape[2:], mode="bilinear", align_corners=False)
+        places = torch.cat([one, two], 1).movedim(1, -1).double() - torch.from_numpy(matrix[0])
+        product = (places @ torch.from_numpy(matrix).double().T).movedim(-1, 1)
+        np.testing.assert_allclose(found["layer1+layer2"], product.numpy(), atol=1e-4)
 
 
 def truth(engine: Engine, x: torch.Tensor, layer: str) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 
 import hfnets
 from asking import ask
-from layertap import Client, Extractor, LayerSelection, Texts
+from layertap import Client, Extractor, LayerSelection, Projection, Texts
 from layertap.batching import BatchPolicy
 from layertap.engine import Engine, HostOptions
 from layertap.engine.lengths import Padding
@@ -143,6 +143,36 @@ def test_a_divided_request_has_the_values_of_each_text(
         assert_close(found[LAYER][mask], plain[LAYER][mask])
     else:
         assert_close(found[LAYER], plain[LAYER])
+
+
+@pytest.mark.parametrize("reduction", ["none", "global_average_pool", "tokens", "words"])
+def test_a_divided_request_may_have_a_projection(divided: LocalModel, reduction: str) -> None:
+    """The projection of each pass is that of the values without one."""
+    given = texts(12)
+    plain = LayerSelection(LAYER, reduction=reduction)
+    value = divided.extract(Texts(given, return_tokens=True), [plain])
+    mask = value["tokens.mask"].numpy().astype(bool)
+    channels = value[LAYER].shape[-1]
+    rng = np.random.default_rng(0)
+    projection = Projection(rng.standard_normal((3, channels)), rng.standard_normal(channels))
+    expected = (value[LAYER].double().numpy() - projection.mean) @ projection.matrix.T
+    asked = LayerSelection(LAYER, reduction=reduction, projection=projection)
+    found = divided.extract(Texts(given), [asked])[LAYER].numpy()
+    assert found.shape == expected.shape
+    there = mask if reduction == "none" else slice(None)
+    np.testing.assert_allclose(found[there], expected[there], atol=1e-4)
+
+
+@pytest.mark.parametrize("reduction", ["global_average_pool", "class_token", "tokens"])
+def test_layers_of_texts_become_one_tensor(divided: LocalModel, reduction: str) -> None:
+    """A concatenation of reduced states has the channels of both layers."""
+    given = Texts(texts(12))
+    names = ("embeddings", LAYER)
+    apart = divided.extract(given, [LayerSelection(name, reduction=reduction) for name in names])
+    one = LayerSelection(names[0], concat=names[1:], reduction=reduction, alias="both")
+    found = divided.extract(given, [one])["both"]
+    expected = torch.cat([apart[name] for name in names], 1)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_each_text_of_a_divided_request_equals_the_text_alone(divided: LocalModel) -> None:

@@ -32,6 +32,8 @@ HELPERS = {
     "engine/batch.py": "checks the input for the pipeline",
     "engine/text_batch.py": "likewise, where texts are part of it",
     "call.py": "the deadline and cancellation state, asked all along the way",
+    "engine/making.py": "what is made of values, for the layout and for the reply",
+    "engine/sent_arrays.py": "arrays of selections, of which this request has none",
     "engine/engine.py": "gives the lease of the version and the pipeline",
     "engine/host.py": "looks up layers and plans for the pipeline",
     "engine/versions.py": "counts the users of a version, from the lease's begin to its end",

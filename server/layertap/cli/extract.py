@@ -15,6 +15,7 @@ from layertap.cli.options import local_model, local_model_options, refuse_with_s
 from layertap.errors import InvalidInputError
 from layertap.intervention import Intervention, parse_interventions
 from layertap.objective import parse_objective
+from layertap.projection import Projection
 from layertap.selection import SENT_DTYPES, Extractor, LayerSelection, Reduction
 from layertap.texts import Truncation
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["extract"]
 
-_FORMATS = ("npz", "npy", "safetensors", "parquet", "zarr", "hdf5")
+_FORMATS = ("npz", "npy", "safetensors", "parquet", "lance", "zarr", "hdf5")
 _SOME_FAILED = 3
 _INTERRUPTED = 130
 
@@ -119,9 +120,11 @@ class _Part(click.ParamType["tuple[int, int]"]):
     "layers",
     multiple=True,
     required=True,
-    metavar="LAYER[:CAPTURE][:reduce=R][:dtype=T][=NAME]",
-    help="A layer to write. May be given several times, and may be a glob. CAPTURE is output, "
-    "input, gradient or input_gradient.",
+    metavar="LAYER[+LAYER]...[:CAPTURE][:OPTION=VALUE]...[=NAME]",
+    help="A layer to write, or several whose channels follow one another. May be given several "
+    "times, and may be a glob. CAPTURE is output, input, gradient or input_gradient. Options: "
+    "reduce=REDUCTION, dtype=TYPE, around=3 (the mean of 3 x 3 places), resize=HxW, pool=HxW, "
+    "project=@pca.npz, map=FORM. See docs/extraction.md.",
 )
 @click.option(
     "--objective",
@@ -142,10 +145,10 @@ class _Part(click.ParamType["tuple[int, int]"]):
     "-o",
     "--output",
     required=True,
-    type=click.Path(path_type=Path),
+    type=click.Path(),
     metavar="PATH",
-    help="The file or folder to write. Its suffix says the format: .npz, .npy, .safetensors, "
-    ".parquet, .zarr, .h5.",
+    help="The file or folder to write, or the address of an object store. Its suffix says the "
+    "format: .npz, .npy, .safetensors, .parquet, .lance, .zarr, .h5.",
 )
 @click.option(
     "--format",
@@ -226,7 +229,7 @@ def extract(
     layers: tuple[str, ...],
     objective: str | None,
     changes: tuple[str, ...],
-    output: Path,
+    output: str,
     output_format: str | None,
     overwrite: bool,
     on_error: str,
@@ -283,16 +286,14 @@ def extract(
             else Reduction(reduction),
             dtype=selection.dtype or dtype or "",
         )
-        for selection in map(LayerSelection.parse, layers)
+        for selection in (LayerSelection.parse(layer, Projection.load) for layer in layers)
     ]
     from layertap.cli.render import Stderr, show_outputs
     from layertap.dataset.run import check_output
     from layertap.dataset.run import extract as run
-    from layertap.dataset.writers import format_of
 
     # What can be wrong is reported before a model is loaded.
-    format_of(output, output_format or "")
-    check_output(output)
+    check_output(output, output_format or "")
     given = _Given(items, arrays, given_texts, texts_file, recordings)
     source = _source(given, Truncation(truncation), field)
     terminal = Stderr()
@@ -368,6 +369,7 @@ def _array(file: str) -> np.ndarray[Any, np.dtype[Any]]:
 
 
 def _source(given: _Given, truncation: Truncation, field: str) -> Source:
+    from layertap.dataset.addresses import is_address
     from layertap.dataset.sources import (
         AudioContent,
         Files,
@@ -387,7 +389,7 @@ def _source(given: _Given, truncation: Truncation, field: str) -> Source:
         return gather(given.inputs, truncation, field)
     if given.recordings:
         for file in given.recordings:
-            if not Path(file).is_file():
+            if not is_address(file) and not Path(file).is_file():
                 raise InvalidInputError(f"audio {file}: no such file")
         return joined([Files(given.recordings, AudioContent())])
     if given.arrays:

@@ -25,6 +25,7 @@ from layertap.wire.enums import to_proto
 from layertap.wire.interventions import interventions_to_proto
 from layertap.wire.messages import encode_request
 from layertap.wire.objectives import objective_to_proto
+from layertap.wire.regrids import projection_to_proto, regrid_to_proto
 from layertap.wire.small_tensors import array_to_proto
 
 if TYPE_CHECKING:
@@ -156,4 +157,7 @@ def _selection(selection: LayerSelection) -> feature_service_pb2.LayerSelection:
         method=to_proto(selection.method, "METHOD"),
         sweep=_sweep(selection.sweep) if selection.method.sweeps else None,
         map_form=to_proto(selection.map_form, "MAP_FORM") if selection.method.is_map else None,
+        concat=selection.concat,
+        regrid=regrid_to_proto(selection.regrid),
+        projection=projection_to_proto(selection.projection),
     )

@@ -10,13 +10,20 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from layertap.dataset.durable import output_errors, remove, replacing, sync_folder
+from layertap.dataset.durable import (
+    TEMPORARY,
+    output_errors,
+    remove,
+    replacing,
+    sha256_of,
+    sync_folder,
+)
 from layertap.dataset.shard import Output
 from layertap.errors import InvalidInputError
 
@@ -99,21 +106,52 @@ class Workplace:
 
     Args:
         output: The path of the output.
+        sharded: Whether the output is a folder of shards; otherwise these are temporary.
 
     Attributes:
         output: The path of the output.
+        shards: The folder of the shards.
         folder: The folder of what is needed only until the output is complete.
         manifest: The manifest of a complete output.
         failures: The list of the items that failed; absent if none did.
     """
 
-    def __init__(self, output: Path) -> None:
+    def __init__(self, output: Path, *, sharded: bool = False) -> None:
         self.output = output
         self.folder = output.with_name(f"{output.name}.work")
         self.manifest = output.with_name(f"{output.name}.manifest.json")
         self.failures = output.with_name(f"{output.name}.failures.jsonl")
+        self.shards = output if sharded else self.folder
         self._journal = self.folder / "shards.jsonl"
         self._started = self.folder / "manifest.json"
+
+    def exists(self) -> bool:
+        """Return whether there is an output, complete or not."""
+        return self.output.exists()
+
+    def remove_output(self) -> None:
+        """Remove the output itself."""
+        remove(self.output)
+
+    def begin_shards(self) -> None:
+        """Make the folder of shards, and remove what a crash left half-written there."""
+        self.shards.mkdir(exist_ok=True)
+        for left in self.shards.glob(f"*{TEMPORARY}"):
+            remove(left)
+
+    def whole(self, records: Mapping[int, ShardRecord]) -> dict[int, ShardRecord]:
+        """Return the records of shards whose files are there, with their size."""
+        return {
+            number: record
+            for number, record in records.items()
+            if not record.file or _size(self.shards / record.file) == record.nbytes
+        }
+
+    def write_shard(self, name: str, write: Callable[[Path], None]) -> tuple[int, str]:
+        """Write a shard to the disk; return its size and its checksum."""
+        with replacing(self.shards / name) as temporary:
+            write(temporary)
+            return temporary.stat().st_size, sha256_of(temporary)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -224,6 +262,13 @@ class Workplace:
             return None
         except ValueError as error:
             raise InvalidInputError(f"{path}: got no manifest of layertap: {error}") from error
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
 
 
 def differences(before: Facts, now: Facts, prefix: str = "") -> Iterator[str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from layertap.errors import InvalidInputError
+from layertap.regrid import NO_REGRID
 from layertap.selection import Glob, LayerSelection, Reduction
 
 if TYPE_CHECKING:
@@ -80,10 +81,17 @@ def batch_axes(
     """
     axes: dict[str, int | None] = {}
     for selection in selections:
+        if selection.concat:
+            axes[selection.name_for(selection.layer)] = 0
+            continue
         glob = Glob(selection.layer)
         for layer in description.layers:
             if layer.name == selection.layer or glob.matches(layer.name):
-                plain = selection.reduction is Reduction.NONE and not selection.method.is_map
+                plain = (
+                    selection.reduction is Reduction.NONE
+                    and selection.regrid == NO_REGRID
+                    and not selection.method.is_map
+                )
                 axis = _batch_axis(layer.values.get(selection.capture.side)) if plain else 0
                 axes[selection.name_for(layer.name)] = axis
     return axes

@@ -6,31 +6,51 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from layertap import __version__
+from layertap.dataset.addresses import is_address, local_path
 from layertap.dataset.batches import Batches, BatchResult
-from layertap.dataset.durable import TEMPORARY, output_errors, remove, replacing, sha256_of
+from layertap.dataset.durable import output_errors, replacing, sha256_of
 from layertap.dataset.manifest import Facts, Failure, Plan, ShardRecord, Workplace, differences
 from layertap.dataset.pipeline import FilledShard, Pipeline, Progress
+from layertap.dataset.remote_workplace import RemoteWorkplace, check_remote_output
 from layertap.dataset.rows import RowRules
 from layertap.dataset.runners import LocalRunner, Runner
 from layertap.dataset.shard import OFFSETS, Output, Parts
 from layertap.dataset.sources import Part, Source, gather
-from layertap.dataset.writers import Format, JoinedFormat, ShardedFormat, format_of, write_part
+from layertap.dataset.writers import (
+    FORMATS,
+    Format,
+    JoinedFormat,
+    ShardedFormat,
+    format_of,
+    write_part,
+)
 from layertap.errors import InvalidInputError
 from layertap.intervention import parse_interventions
-from layertap.selection import Extractor, SelectionLike, Sweep, as_extractor, parse_selections
+from layertap.projection import Projection
+from layertap.selection import (
+    Extractor,
+    LayerSelection,
+    SelectionLike,
+    Sweep,
+    as_extractor,
+    parse_selections,
+)
 
 if TYPE_CHECKING:
     from layertap.intervention import InterventionsLike
     from layertap.local import LocalModel
 
 __all__ = ["Outcome", "check_output", "extract"]
+
+Place = Workplace | RemoteWorkplace
+"""Where an output and what belongs to it are."""
 
 _SHARD_BYTES = 64 << 20
 _SHARD_ITEMS = 1 << 16
@@ -45,7 +65,7 @@ class Outcome:
     """What a run did.
 
     Attributes:
-        output: The path of the output.
+        output: The path of the output, or its address.
         rows: The number of rows in it.
         failures: The items that have no row, in order.
         outputs: By output name, what each row has.
@@ -54,7 +74,7 @@ class Outcome:
         shards_written: The shards that this run has written.
     """
 
-    output: Path
+    output: Path | str
     rows: int
     failures: tuple[Failure, ...]
     outputs: Mapping[str, Output]
@@ -91,7 +111,8 @@ def extract(
         model: A model of ``layertap.load``, or a `Runner`.
         inputs: A `Source`, or paths as ``gather`` takes them.
         layers: The layers, as for ``LocalModel.extract``.
-        output: The file or folder to write.
+        output: The file or folder to write; or the address of an object store, such as
+            ``"s3://bucket/features.parquet"``, for a format with a file for each shard.
         format: ``"npz"``, ``"npy"``, ``"safetensors"``, ``"parquet"``, ``"zarr"`` or ``"hdf5"``; if
             empty, it follows from the suffix of ``output``.
         extractor: The extractor of all passes. AUTO chooses one for the first batch, and all others
@@ -120,9 +141,8 @@ def extract(
         LayertapError: See ``LocalModel.extract`` and ``Client.extract``.
         KeyboardInterrupt: On Ctrl-C; shards that are written stay.
     """
-    path = Path(output)
-    writer = format_of(path, format)
-    check_output(path)
+    where = local_path(os.fspath(output))
+    writer = check_output(where, format)
     source = inputs if isinstance(inputs, Source) else gather(os.fspath(each) for each in inputs)
     changes = parse_interventions(interventions)
     runner = model if isinstance(model, Runner) else LocalRunner(model, objective, changes)
@@ -135,7 +155,7 @@ def extract(
         )
     source = source if part == (1, 1) else Part(source, *part)
     run = _Run(
-        path=path,
+        path=where if is_address(where) else Path(where),
         writer=writer,
         source=source,
         runner=runner,
@@ -157,9 +177,10 @@ def extract(
         "part": f"{part[0]}/{part[1]}",
     }
     named = {
-        selection.alias or f"{selection.layer}:{selection.capture}:{selection.method}": {
-            **asdict(selection),
+        selection.alias or f"{selection.name}:{selection.capture}:{selection.method}": {
+            **asdict(replace(selection, projection=None)),
             "sweep": {**asdict(selection.sweep), "baseline": _baseline(selection.sweep)},
+            "projection": _projection(selection),
         }
         for selection in selections
     }
@@ -172,12 +193,31 @@ def extract(
     return run.go(_plain(facts), overwrite=overwrite, report=report or (lambda _: None))
 
 
-def check_output(output: Path) -> None:
-    """Check what would otherwise fail after the model is loaded.
+def check_output(output: str, format: str = "") -> Format:  # noqa: A002 - the name of the flag
+    """Check what would otherwise fail after the model is loaded; return the output's format.
 
     Raises:
-        InvalidInputError: If the folder of the output does not exist or can't be written to.
+        ConfigError: If the format is unknown, or a library is missing.
+        InvalidInputError: If the folder of the output does not exist or can't be written to, or it
+            is an address to which outputs of the format can't be written.
     """
+    output = local_path(output)
+    writer = format_of(output, format)
+    if is_address(output):
+        if isinstance(writer, JoinedFormat):
+            able = [name for name, each in FORMATS.items() if isinstance(each, ShardedFormat)]
+            raise InvalidInputError(
+                f"output {output}: {writer.name} is written as a whole after the last shard, which "
+                f"an object store can't do so that a run can be continued; expected "
+                f"{', '.join(able)}, or a path on a disk"
+            )
+        check_remote_output(output)
+        return writer
+    _check_folder(Path(output))
+    return writer
+
+
+def _check_folder(output: Path) -> None:
     folder = output.absolute().parent
     if not folder.is_dir():
         raise InvalidInputError(f"output {output}: no such folder {output.parent}")
@@ -217,12 +257,23 @@ def _input_facts(source: Source) -> Facts:
 def _baseline(sweep: Sweep) -> float | dict[str, str]:
     """Return a baseline as it is, or for a tensor what tells it from others."""
     base = sweep.baseline
-    if not isinstance(base, np.ndarray):
-        return base
+    return base if not isinstance(base, np.ndarray) else _array_facts(base)
+
+
+def _projection(selection: LayerSelection) -> dict[str, dict[str, str]] | None:
+    """Return what tells a projection from others; None if there is none."""
+    given = selection.projection
+    if not isinstance(given, Projection):
+        return None
+    arrays = {"matrix": given.matrix, "mean": given.mean}
+    return {name: _array_facts(array) for name, array in arrays.items() if array is not None}
+
+
+def _array_facts(array: np.ndarray) -> dict[str, str]:
     return {
-        "dtype": base.dtype.name,
-        "shape": str(list(base.shape)),
-        "sha256": hashlib.sha256(base.tobytes()).hexdigest(),
+        "dtype": array.dtype.name,
+        "shape": str(list(array.shape)),
+        "sha256": hashlib.sha256(array.tobytes()).hexdigest(),
     }
 
 
@@ -235,7 +286,7 @@ def _plain(facts: Facts) -> Facts:
 class _Run:
     """One call of ``extract``."""
 
-    path: Path
+    path: Path | str
     writer: Format
     source: Source
     runner: Runner
@@ -247,10 +298,10 @@ class _Run:
     memory: int
 
     def go(self, facts: Facts, *, overwrite: bool, report: Callable[[Progress], None]) -> Outcome:
-        place = Workplace(self.path)
+        place = self._place()
         with place.locked(), output_errors(self.path):
             complete, started = place.complete(), place.started()
-            refusal = self._refusal(complete, started, facts)
+            refusal = self._refusal(complete, started, facts, place)
             if refusal and not overwrite:
                 raise InvalidInputError(f"output {self.path}: {refusal}; --overwrite replaces it")
             if complete is not None and not refusal:
@@ -263,7 +314,7 @@ class _Run:
                 plan = self._probe()
                 place.clear()
                 if isinstance(self.writer, ShardedFormat):
-                    remove(self.path)
+                    place.remove_output()
                 place.start(facts, plan)
             return self._run(place, facts, plan, report)
 
@@ -272,12 +323,16 @@ class _Run:
         return passes is not None and passes.state == "kept"
 
     def _refusal(
-        self, complete: Mapping[str, Any] | None, started: Mapping[str, Any] | None, now: Facts
+        self,
+        complete: Mapping[str, Any] | None,
+        started: Mapping[str, Any] | None,
+        now: Facts,
+        place: Place,
     ) -> str:
         """Return why the output can't be continued; empty if it can, or if there is none."""
         before = complete or started
         if before is None:
-            return "there is one already, which has no manifest" if self.path.exists() else ""
+            return "there is one already, which has no manifest" if place.exists() else ""
         if changes := "; ".join(differences(before["facts"], now)):
             return f"it was made in another way ({changes})"
         if complete is None and self._stateful():
@@ -334,20 +389,17 @@ class _Run:
         return max(1, items // self.batch_size) * self.batch_size
 
     def _run(
-        self, place: Workplace, facts: Facts, plan: Plan, report: Callable[[Progress], None]
+        self, place: Place, facts: Facts, plan: Plan, report: Callable[[Progress], None]
     ) -> Outcome:
-        folder = self._shard_folder(place)
-        folder.mkdir(exist_ok=True)
-        for left in folder.glob(f"*{TEMPORARY}"):
-            remove(left)
-        records = self._whole(place.records(), folder)
+        place.begin_shards()
+        records = place.whole(place.records())
         count = -(-len(self.source) // plan.shard_items)
         missing = [number for number in range(count) if number not in records]
         before = len(records)
 
         def write(shard: FilledShard) -> None:
             with output_errors(self.path):
-                record = self._write(folder, shard, plan)
+                record = self._write(place, shard, plan)
                 place.note(record)
             records[record.number] = record
 
@@ -372,51 +424,39 @@ class _Run:
             pipeline.run(missing, sum(sizes), failed, report)
         return self._finish(place, facts, plan, [records[n] for n in sorted(records)], before)
 
-    def _shard_folder(self, place: Workplace) -> Path:
-        return self.path if isinstance(self.writer, ShardedFormat) else place.folder
+    def _place(self) -> Place:
+        if isinstance(self.path, str):
+            return RemoteWorkplace(self.path)
+        return Workplace(self.path, sharded=isinstance(self.writer, ShardedFormat))
 
-    def _whole(self, records: dict[int, ShardRecord], folder: Path) -> dict[int, ShardRecord]:
-        """Return the records of shards whose files are there, with their size."""
-        return {
-            number: record
-            for number, record in records.items()
-            if not record.file or _size(folder / record.file) == record.nbytes
-        }
-
-    def _write(self, folder: Path, shard: FilledShard, plan: Plan) -> ShardRecord:
+    def _write(self, place: Place, shard: FilledShard, plan: Plan) -> ShardRecord:
         rows = shard.buffer.rows()
         failures = tuple(shard.failures)
         if not rows.ids:
             return ShardRecord(shard.number, "", 0, 0, "", failures)
         suffix = self.writer.suffixes[0] if isinstance(self.writer, ShardedFormat) else ".npz"
-        file = folder / f"part-{shard.number:05}{suffix}"
-        with replacing(file) as temporary:
+        name = f"part-{shard.number:05}{suffix}"
+
+        def write(path: Path) -> None:
             if isinstance(self.writer, ShardedFormat):
-                self.writer.write(temporary, rows, plan.outputs)
+                self.writer.write(path, rows, plan.outputs)
             else:
-                write_part(temporary, rows)
-            size, digest = temporary.stat().st_size, sha256_of(temporary)
-        return ShardRecord(shard.number, file.name, len(rows.ids), size, digest, failures)
+                write_part(path, rows)
+
+        size, digest = place.write_shard(name, write)
+        return ShardRecord(shard.number, name, len(rows.ids), size, digest, failures)
 
     def _finish(
         self,
-        place: Workplace,
+        place: Place,
         facts: Facts,
         plan: Plan,
         records: Sequence[ShardRecord],
         before: int,
     ) -> Outcome:
         failures = [failure for record in records for failure in record.failures]
-        files = [place.folder / record.file for record in records if record.file]
-        if isinstance(self.writer, JoinedFormat):
-            for record in records:
-                if record.file and sha256_of(place.folder / record.file) != record.sha256:
-                    raise InvalidInputError(
-                        f"output {self.path}: {place.folder / record.file} is damaged; remove it "
-                        f"and run the same command again"
-                    )
-            with replacing(self.path) as temporary:
-                self.writer.join(temporary, Parts(files, plan.outputs))
+        if isinstance(self.writer, JoinedFormat) and isinstance(place, Workplace):
+            self._join(self.writer, place, plan, records)
         place.list_failures(failures)
         manifest: dict[str, Any] = {
             "facts": facts,
@@ -428,9 +468,22 @@ class _Run:
         place.finish(_plain(manifest))
         return self._outcome(manifest, len(records) - before, failures)
 
+    def _join(
+        self, writer: JoinedFormat, place: Workplace, plan: Plan, records: Sequence[ShardRecord]
+    ) -> None:
+        shards = {record: place.shards / record.file for record in records if record.file}
+        for record, file in shards.items():
+            if sha256_of(file) != record.sha256:
+                raise InvalidInputError(
+                    f"output {self.path}: {file} is damaged; remove it and run the same command "
+                    f"again"
+                )
+        with replacing(place.output) as temporary:
+            writer.join(temporary, Parts(list(shards.values()), plan.outputs))
+
     def _files(self, records: Sequence[ShardRecord]) -> Mapping[str, Any]:
         """Return the rows, the size and the checksum of each file of the output."""
-        if isinstance(self.writer, ShardedFormat):
+        if isinstance(self.writer, ShardedFormat) or isinstance(self.path, str):
             return {
                 record.file: {"rows": record.rows, "bytes": record.nbytes, "sha256": record.sha256}
                 for record in records
@@ -451,7 +504,7 @@ class _Run:
     ) -> Outcome:
         plan = Plan.of(_plain(manifest)["plan"])
         if failures is None:
-            failures = Workplace(self.path).listed()
+            failures = self._place().listed()
         count = -(-len(self.source) // plan.shard_items)
         return Outcome(
             output=self.path,
@@ -462,10 +515,3 @@ class _Run:
             shards_before=count - written,
             shards_written=written,
         )
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1

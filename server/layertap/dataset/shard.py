@@ -138,6 +138,16 @@ class Parts:
                     counts[name] += int(part[name + OFFSETS][-1]) if output.ragged else len(ids)
         self.lengths: Mapping[str, int] = counts
 
+    def shards(self) -> Iterator[Rows]:
+        """Yield the rows of each shard."""
+        for file in self._files:
+            with np.load(file, allow_pickle=False) as part:
+                arrays = {name: part[name] for name in self.outputs}
+                offsets = {
+                    name: part[name + OFFSETS] for name, out in self.outputs.items() if out.ragged
+                }
+                yield Rows(part["ids"].tolist(), arrays, offsets)
+
     def chunks(self, name: str) -> Iterator[np.ndarray]:
         """Yield the values of an output, a shard at a time."""
         for file in self._files:

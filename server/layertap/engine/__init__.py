@@ -8,6 +8,7 @@ from layertap.engine.device import choose_device
 from layertap.engine.engine import Engine
 from layertap.engine.host import ModelHost
 from layertap.engine.pipeline import Extraction, ExtractionRequest
+from layertap.engine.sent_spec import sent_spec
 from layertap.engine.tensor_form import TensorForm
 from layertap.extraction.tf32 import allow_tf32
 from layertap.settings import HostOptions, Limits
@@ -29,5 +30,6 @@ __all__ = [
     "allow_tf32",
     "choose_device",
     "describe",
+    "sent_spec",
     "summarize",
 ]

@@ -21,7 +21,7 @@ from layertap.engine.host import ModelHost
 from layertap.engine.lengths import Padding
 from layertap.engine.reply import Reply, TensorType
 from layertap.engine.reply_form import NamedTensor, ReplyBuilder
-from layertap.engine.reply_layout import Beside, Envelope, reductions_of, reply_writer
+from layertap.engine.reply_layout import Beside, Envelope, all_made, reply_writer
 from layertap.engine.resolve import Resolved
 from layertap.engine.work import Work
 from layertap.errors import ModelRunError
@@ -29,6 +29,7 @@ from layertap.extraction.masked import MASKED, Tokens
 from layertap.extraction.plan import Plan
 from layertap.extraction.points import ValueSpec
 from layertap.models import Batch
+from layertap.regrid import NO_REGRID
 from layertap.selection import Reduction
 from layertap.timings import Timings
 
@@ -167,7 +168,7 @@ def divide(host: ModelHost, planned: Planned) -> Division | None:
     items = padding.parts(lengths, host.options.batching)
     if len(items) == 1:
         return None
-    made = reductions_of(resolved.outputs, plan, beside)
+    made = all_made(resolved.outputs, plan, beside)
     values = [(each.spec.shape(x.size), each.spec.dtype) for each in made]
     places = _places(planned, padding, values, lengths.tolist())
     if places is None:
@@ -183,7 +184,10 @@ def _places(
     x, beside, resolved, plan, _ = planned
     found = []
     for output, (shape, _) in zip(resolved.outputs, values, strict=True):
-        spec, token_axes = plan.specs[output.point], padding.axes[output.point]
+        if len(output.members) > 1 or output.regrid != NO_REGRID:
+            return None
+        [(_, point)] = output.members
+        spec, token_axes = plan.specs[point], padding.axes[point]
         if output.reduction is Reduction.NONE:
             axis, each = spec.batch_axis or (0, 1)
             rows = np.arange(x.size + 1) * each
@@ -215,12 +219,11 @@ def _beside_part(beside: Beside, items: np.ndarray, length: int) -> Beside:
     """Return what belongs to a part of a request, without the tensors that the reply has once."""
     tokens = beside.tokens
     if tokens is None:
-        return Beside()
+        return Beside(matrices=beside.matrices)
     words = None if tokens.words is None else tokens.words.numpy()[items, :length]
     mask = tokens.mask.numpy()[items, :length]
-    return Beside(
-        Tokens(torch.from_numpy(mask), None if words is None else torch.from_numpy(words))
-    )
+    own = Tokens(torch.from_numpy(mask), None if words is None else torch.from_numpy(words))
+    return Beside(own, matrices=beside.matrices)
 
 
 class Assembly:

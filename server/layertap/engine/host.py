@@ -219,6 +219,8 @@ class ModelHost:
         Raises:
             LayertapError: Any error that a request for these layers would raise.
         """
+        if any(selection.projection is not None for selection in selections):
+            raise InvalidInputError("layers: got a declared layer with a projection, expected none")
         self.declared = list(selections)
         sets = [tuple(selections), *((selection,) for selection in selections)]
         for chosen in dict.fromkeys(filter(None, sets)):
@@ -493,13 +495,13 @@ class ModelHost:
         for extractor, kind in KINDS.items():
             if not kind.compiled or extractor in resolved.candidates:
                 continue
-            for output in resolved.outputs:
-                side = resolved.points[output.point].capture
-                reason = self.catalogue.entry(output.layer).refusal(extractor, side)
+            for layer, point in (each for output in resolved.outputs for each in output.members):
+                side = resolved.points[point].capture
+                reason = self.catalogue.entry(layer).refusal(extractor, side)
                 if reason:
                     _log.warning(
                         "model %s: %s can't serve the declared layer %r: %s",
-                        self.model.name, kind.name, side_name(output.layer, side), reason,
+                        self.model.name, kind.name, side_name(layer, side), reason,
                     )  # fmt: skip
 
     def _declared_keys(self, resolved: Resolved) -> list[BatchKey]:

@@ -8,13 +8,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Generic
 
-import numpy as np
 import torch
 
 from layertap.call import Call
 from layertap.engine.admission import Admission, Reservation
 from layertap.engine.audio_batch import audio_tensors, decode_recordings
-from layertap.engine.baselines import apart
 from layertap.engine.batch import (
     AudioFiles,
     ImageFiles,
@@ -39,6 +37,7 @@ from layertap.engine.reply_layout import (
     reply_writer,
 )
 from layertap.engine.resolve import Resolved
+from layertap.engine.sent_arrays import SentArrays, apart, has_arrays
 from layertap.engine.text_batch import (
     TextBatch,
     beside_batch,
@@ -53,6 +52,7 @@ from layertap.extraction.kinds.base import ExtractorKind
 from layertap.extraction.kinds.registry import REFERENCE
 from layertap.extraction.operands import Operands
 from layertap.extraction.plan import Plan
+from layertap.extraction.projecting import Matrix
 from layertap.intervention import Intervention
 from layertap.models import Batch
 from layertap.models.text import TokenizedTexts
@@ -120,7 +120,7 @@ class Extraction(Generic[P]):
 class _Admitted(Generic[P]):
     """One request in the pipeline, with its reservations.
 
-    Its selections have no arrays, which ``baselines`` has: selections are kept with plans.
+    Its selections have no arrays, which ``arrays`` has: selections are kept with plans.
     """
 
     host: ModelHost
@@ -128,7 +128,7 @@ class _Admitted(Generic[P]):
     call: Call
     received: Reservation
     reply: Reservation
-    baselines: tuple[np.ndarray[Any, np.dtype[Any]], ...] = ()
+    arrays: SentArrays = field(default_factory=SentArrays)
 
 
 class Pipeline:
@@ -153,12 +153,12 @@ class Pipeline:
     ) -> Extraction[P]:
         """Run a request on a model; see ``Engine.extract``."""
         reply = self._admission.reserve("the reply would take")
-        baselines: tuple[np.ndarray[Any, np.dtype[Any]], ...] = ()
-        if any(isinstance(each.sweep.baseline, np.ndarray) for each in request.selections):
-            selections, baselines = apart(request.selections)
+        arrays = SentArrays()
+        if any(map(has_arrays, request.selections)):
+            selections, arrays = apart(request.selections)
             request = replace(request, selections=selections)
         try:
-            return self._extract(_Admitted(host, request, call, received, reply, baselines))
+            return self._extract(_Admitted(host, request, call, received, reply, arrays))
         except BaseException:
             reply.release()
             raise
@@ -282,7 +282,7 @@ class Pipeline:
         objective, facts = admitted.request.objective, plan.gradients
         if objective is None or facts is None:
             return None
-        operands = Operands(objective.terms, admitted.baselines)
+        operands = Operands(objective.terms, tuple(admitted.arrays.baselines))
         facts.extractor.check(operands, size, shapes=not facts.dynamic)
         admitted.host.find_independence(plan, size, admitted.call)
         return operands
@@ -368,6 +368,8 @@ class Pipeline:
         beside = beside_batch(host.model, x, parts.texts, tokenized)
         if any(each.map_form is MapForm.OVERLAY for each in admitted.request.selections):
             beside = replace(beside, pictures=self._pictures(admitted, x))
+        if admitted.arrays.projections:
+            beside = replace(beside, matrices=self._matrices(admitted))
         if host.staging is None:
             return x, beside
         admitted.received.take(x.nbytes)
@@ -381,6 +383,12 @@ class Pipeline:
             return None
         admitted.received.take(x[name].nbytes)
         return model.preprocess.pictures(x[name])
+
+    def _matrices(self, admitted: _Admitted[Any]) -> tuple[Matrix, ...]:
+        """Return the numbers of a request's projections, which are counted as received bytes."""
+        given = admitted.arrays.projections
+        admitted.received.take(sum(map(Matrix.nbytes, given)))
+        return tuple(map(Matrix.of, given))
 
     def _texts(self, admitted: _Admitted[Any], given: TextBatch) -> TokenizedTexts:
         with self._decoders.permit(admitted.call):

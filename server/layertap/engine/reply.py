@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic
 
 import numpy as np
 import torch
 
+from layertap.engine.making import Making
 from layertap.engine.reply_form import P, ReplyBuilder
 from layertap.engine.resolve import Output
 from layertap.engine.staging import Staging
 from layertap.errors import InvalidInputError
-from layertap.extraction.reductions import Reduced
 from layertap.wire.dtypes import DTYPES
 
 __all__ = [
@@ -52,13 +52,15 @@ class ReplyWriter(Generic[P]):
         builder: The reply.
         expected: The shape and dtype of each captured point.
         slots: For each point, the tensors of the reply that are made from it: their index in the
-            reply and their reduction.
+            reply, and which of their layers it is.
+        making: Makes the tensors from values.
         staging: Copies values from a GPU to the host; if None, each value is written at once.
     """
 
     builder: ReplyBuilder[P]
     expected: Sequence[TensorType]
-    slots: Mapping[int, Sequence[tuple[int, Reduced]]]
+    slots: Mapping[int, Sequence[tuple[int, int]]]
+    making: Making
     staging: Staging | None = None
     _staged: dict[int, torch.Tensor] = field(default_factory=dict)
 
@@ -66,8 +68,10 @@ class ReplyWriter(Generic[P]):
         """Write the outputs that are made from a point's value, or begin to copy it to the host."""
         if (tuple(value.shape), value.dtype) != self.expected[point]:
             raise ShapeChangedError
-        for slot, reduction in self.slots[point]:
-            made = reduction.apply(value)
+        for slot, member in self.slots[point]:
+            made = self.making.take(slot, member, value)
+            if made is None:
+                continue
             if self.staging is None:
                 _write(self.builder, slot, made)
             else:
@@ -89,14 +93,14 @@ class ReplyCollector(Generic[P]):
 
     Attributes:
         outputs: The tensors of the reply.
-        reductions: The reduction of each output.
+        making: Makes the outputs from values.
         expected: The predicted shape of each captured point.
         lay_out: Returns the builder of the reply, given the shapes and dtypes of all outputs.
         staging: Copies values from a GPU to the host; if None, each value is cloned where it is.
     """
 
     outputs: Sequence[Output]
-    reductions: Sequence[Reduced]
+    making: Making
     expected: Sequence[tuple[int, ...]]
     lay_out: Callable[[Sequence[TensorType]], ReplyBuilder[P]]
     staging: Staging | None = None
@@ -104,16 +108,23 @@ class ReplyCollector(Generic[P]):
 
     def __call__(self, point: int, value: torch.Tensor) -> None:
         """Keep a clone of each output that is made from a point's value."""
-        for slot, output in enumerate(self.outputs):
-            if output.point != point:
-                continue
+        for slot, member, output in self._made_from(point):
             if output.needs_shape and value.shape != self.expected[point]:
                 raise InvalidInputError(
                     f"{output.asked}: the size of layer {output.layer!r} depends on the content, "
                     f"but this needs a fixed size"
                 )
-            made = self.reductions[slot].apply(value)
-            self._values[slot] = made.clone() if self.staging is None else self.staging.take(made)
+            made = self.making.take(slot, member, value)
+            if made is not None:
+                self._values[slot] = (
+                    made.clone() if self.staging is None else self.staging.take(made)
+                )
+
+    def _made_from(self, point: int) -> Iterator[tuple[int, int, Output]]:
+        for slot, output in enumerate(self.outputs):
+            for number, member in enumerate(output.members):
+                if member.point == point:
+                    yield slot, number, output
 
     def complete(self) -> ReplyBuilder[P]:
         """Lay out the reply for the captured values and write them; return the reply."""

@@ -15,24 +15,22 @@ from typing import Generic
 import numpy as np
 import torch
 
+from layertap.engine.making import Made, Making, Needed, made_of
 from layertap.engine.reply import ROWS, ReplyCollector, ReplyWriter, TensorType
 from layertap.engine.reply_form import P, ReplyBuilder, ReplyForm
 from layertap.engine.resolve import Output
 from layertap.engine.staging import Staging
 from layertap.errors import ExtractorUnsupportedError, InvalidInputError, ReplyTooLargeError
-from layertap.extraction.attribution import eigen_cam
-from layertap.extraction.map_forms import shaped_map
 from layertap.extraction.masked import Tokens
 from layertap.extraction.plan import Plan
-from layertap.extraction.reductions import Reduced, chained, reduced
-from layertap.selection import MapForm
+from layertap.extraction.projecting import Matrix
 from layertap.wire.dtypes import DType, of_array
 
 __all__ = [
     "NOTHING_BESIDE",
     "Beside",
     "Envelope",
-    "reductions_of",
+    "all_made",
     "reply_collector",
     "reply_writer",
 ]
@@ -46,11 +44,13 @@ class Beside:
         tokens: Which positions of its texts count, for reductions; None if all do.
         arrays: Further tensors of the reply, by name, which are known before the pass.
         pictures: The images that the model is given, for overlays; None if there are none.
+        matrices: What its projections multiply by.
     """
 
     tokens: Tokens | None = None
     arrays: Sequence[tuple[str, np.ndarray]] = ()
     pictures: torch.Tensor | None = None
+    matrices: Sequence[Matrix] = ()
 
     def repeated(self, times: int) -> Beside:
         """Return the data for a reply that has all items several times."""
@@ -101,16 +101,18 @@ def reply_writer(
         InvalidInputError: If a reduction does not fit its layer.
         ExtractorUnsupportedError: If a layer's dtype can't be sent.
     """
-    made = reductions_of(outputs, plan, beside)
+    made = all_made(outputs, plan, beside)
     values = [(each.spec.shape(size), each.spec.dtype) for each in made]
+    _admit_scratch(made, size, envelope)
     if staging is not None:
         envelope.admit(sum(math.prod(shape) * dtype.itemsize for shape, dtype in values))
-    slots: dict[int, list[tuple[int, Reduced]]] = {}
+    slots: dict[int, list[tuple[int, int]]] = {}
     for slot, output in enumerate(outputs):
-        slots.setdefault(output.point, []).append((slot, made[slot]))
+        for number, member in enumerate(output.members):
+            slots.setdefault(member.point, []).append((slot, number))
     builder = _builder(outputs, envelope, beside, values)
     expected = [(spec.shape(size), spec.dtype) for spec in plan.specs]
-    return ReplyWriter(builder, expected, slots, staging)
+    return ReplyWriter(builder, expected, slots, Making(made, size), staging)
 
 
 def reply_collector(
@@ -127,33 +129,39 @@ def reply_collector(
     See ``reply_writer`` for arguments and errors. The first two errors are raised at the end.
     """
     # Check the reductions now: one that needs a fixed shape is then refused before any compute.
-    made = reductions_of(outputs, plan, beside)
+    made = all_made(outputs, plan, beside)
+    _admit_scratch(made, size, envelope)
     expected = [spec.shape(size) for spec in plan.specs]
     return ReplyCollector(
-        outputs, made, expected, partial(_builder, outputs, envelope, beside), staging
+        outputs, Making(made, size), expected, partial(_builder, outputs, envelope, beside), staging
     )
 
 
-def reductions_of(outputs: Sequence[Output], plan: Plan, beside: Beside) -> list[Reduced]:
-    """Return what is made of the value of each output of a plan.
+def all_made(outputs: Sequence[Output], plan: Plan, beside: Beside) -> list[Made]:
+    """Return how each output of a plan is made.
 
     Raises:
-        InvalidInputError: If a reduction, method or form of a map can't be made of the value.
+        InvalidInputError: If something can't be made of the values; see ``made_of``.
     """
-    return [_made(output, plan, beside) for output in outputs]
+    needed = Needed(plan.batch_key, beside.tokens, beside.pictures, beside.matrices)
+    return [made_of(output, plan.specs, needed) for output in outputs]
 
 
-def _made(output: Output, plan: Plan, beside: Beside) -> Reduced:
-    spec, layer, key = plan.specs[output.point], output.layer, plan.batch_key
-    steps: list[Reduced] = []
-    if not output.method.takes_gradient:
-        steps.append(eigen_cam(spec, layer, key))
-    if output.map_form is not MapForm.GRID:
-        last = steps[-1].spec if steps else spec
-        steps.append(shaped_map(output.map_form, last, layer, key, beside.pictures))
-    last = steps[-1].spec if steps else spec
-    steps.append(reduced(last, output.reduction, layer, key, beside.tokens))
-    return chained(steps)
+def _admit_scratch(made: Sequence[Made], size: int, envelope: Envelope[P]) -> None:
+    """Reserve the memory that the making of outputs takes besides the reply.
+
+    Raises:
+        ReplyTooLargeError: If it would exceed the limit of the reply.
+        OverloadedError: If there is no memory for it.
+    """
+    scratch = sum(each.scratch_bytes(size) for each in made)
+    if scratch > envelope.max_bytes:
+        raise ReplyTooLargeError(
+            f"reply: {scratch} bytes of values before they are projected or concatenated, limit "
+            f"{envelope.max_bytes} bytes; request fewer items, or a smaller grid"
+        )
+    if scratch:
+        envelope.admit(scratch)
 
 
 def _builder(

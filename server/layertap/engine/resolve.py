@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from layertap.engine.resolve_interventions import (
     check_behind,
@@ -27,6 +28,8 @@ from layertap.extraction.points import CapturePoint, PointKind
 from layertap.intervention import SiteKey
 from layertap.models import LoadedModel
 from layertap.objective import TermKey
+from layertap.projection import SentProjection
+from layertap.regrid import NO_REGRID, Regrid
 from layertap.selection import (
     SENT_DTYPES,
     Capture,
@@ -39,7 +42,19 @@ from layertap.selection import (
 )
 from layertap.wire.dtypes import DType, by_name
 
-__all__ = ["Output", "Resolved", "resolve"]
+__all__ = ["Member", "Output", "Resolved", "resolve"]
+
+
+class Member(NamedTuple):
+    """One of the layers of an output.
+
+    Attributes:
+        layer: The layer's name in the catalogue.
+        point: The index of the capture point whose value is taken.
+    """
+
+    layer: str
+    point: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,21 +63,28 @@ class Output:
 
     Attributes:
         name: Its name in the reply.
-        layer: The layer's name in the catalogue.
-        point: The index of the capture point whose value it is made from.
+        members: The layer from which it is made, or the layers whose channels follow one another.
         reduction: The reduction that is applied to the value.
         dtype: The floating-point dtype to send it in; None for the model's own dtype.
         method: What is made of the value before the reduction, if it is made of no gradient.
         map_form: The form in which a map is sent.
+        regrid: What is done to the grid of each value before the reduction.
+        projection: What the channels are multiplied by in the end; None for nothing.
     """
 
     name: str
-    layer: str
-    point: int
+    members: tuple[Member, ...]
     reduction: Reduction
     dtype: DType | None
     method: Method = Method.GRADIENT
     map_form: MapForm = MapForm.GRID
+    regrid: Regrid = NO_REGRID
+    projection: SentProjection | None = None
+
+    @property
+    def layer(self) -> str:
+        """The names of its layers, for error messages."""
+        return "+".join(member.layer for member in self.members)
 
     @property
     def needs_shape(self) -> bool:
@@ -76,7 +98,18 @@ class Output:
             return f"reduction: {self.reduction.name}"
         if not self.method.takes_gradient:
             return f"method: {self.method.name}"
-        return "" if self.map_form is MapForm.GRID else f"map: {self.map_form.name}"
+        if self.map_form is not MapForm.GRID:
+            return f"map: {self.map_form.name}"
+        return self.regridded or ("projection" if self.projection is not None else "")
+
+    @property
+    def regridded(self) -> str:
+        """What needs a grid of the layer, for error messages; empty if nothing does."""
+        if self.regrid.size is not None:
+            return f"{self.regrid.resize.name} to {list(self.regrid.size)}"
+        if self.regrid.around > 1:
+            return f"around: {self.regrid.around}"
+        return "concat" if len(self.members) > 1 else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,16 +169,18 @@ def resolve(
     if interventions:
         check_changeable(model, catalogue, extractor)
     matches: list[tuple[LayerSelection, LayerEntry]] = []
+    groups: list[tuple[LayerSelection, tuple[LayerEntry, ...]]] = []
     for selection in selections:
-        found = (
-            iter(input_entries(model, catalogue, selection))
-            if is_model_input(catalogue, selection)
-            else _matches(catalogue, selection, extractor)
-        )
-        matches.extend((selection, entry) for entry in found)
+        if len(selection.concat) >= max_layers:
+            raise InvalidInputError(f"layers: got more than {max_layers}, the most allowed")
+        found = [list(_found(model, catalogue, each, extractor)) for each in _each_layer(selection)]
+        members = [entry for entries in found for entry in entries]
+        matches.extend((selection, entry) for entry in members)
+        groups.extend([(selection, tuple(members))] if selection.concat
+                      else [(selection, (entry,)) for entry in members])  # fmt: skip
         if len(matches) > max_layers:
             raise InvalidInputError(f"layers: got more than {max_layers}, the most allowed")
-    _check_names(matches, [*_reported(objective), *reported_changes(interventions)])
+    _check_names(groups, [*_reported(objective), *reported_changes(interventions)])
     order = {entry.name: index for index, entry in enumerate(catalogue)}
     wanted = {
         (order.get(entry.name, -1), selection.capture, number): _point(entry, selection)
@@ -164,33 +199,59 @@ def resolve(
         points = spec.points
     outputs = tuple(
         Output(
-            name=selection.name_for(entry.name),
-            layer=entry.name,
-            point=points.index(_point(entry, selection)),
+            name=selection.name_for(entries[0].name),
+            members=tuple(
+                Member(entry.name, points.index(_point(entry, selection))) for entry in entries
+            ),
             reduction=selection.reduction,
             dtype=_float_dtype(selection.dtype),
             method=Method.GRADIENT if selection.method.takes_gradient else selection.method,
             map_form=selection.map_form,
+            regrid=selection.regrid,
+            projection=_sent(selection),
         )
-        for selection, entry in matches
+        for selection, entries in groups
     )
     outputs += tuple(
         Output(
-            f"{output.name}.{_companion(points[output.point])}",
-            output.layer,
-            points.index(replace(points[output.point], companion=True)),
+            f"{output.name}.{_companion(points[member.point])}",
+            (Member(member.layer, points.index(replace(points[member.point], companion=True))),),
             Reduction.NONE,
             None,
         )
         for output in outputs
-        if _companion(points[output.point])
+        for member in output.members
+        if _companion(points[member.point])
     )
     outputs += tuple(
-        Output(point.report_name, point.report_name, index, Reduction.NONE, None)
+        Output(point.report_name, (Member(point.report_name, index),), Reduction.NONE, None)
         for index, point in enumerate(points)
         if point.is_report
     )
     return Resolved(outputs, spec, _candidates(matches, extractor, spec))
+
+
+def _each_layer(selection: LayerSelection) -> list[LayerSelection]:
+    """Return a selection for each layer of a concatenation."""
+    if not selection.concat:
+        return [selection]
+    return [replace(selection, layer=layer, concat=()) for layer in selection.layers]
+
+
+def _found(
+    model: LoadedModel, catalogue: Catalogue, selection: LayerSelection, extractor: Extractor
+) -> Iterator[LayerEntry]:
+    if is_model_input(catalogue, selection):
+        return iter(input_entries(model, catalogue, selection))
+    return _matches(catalogue, selection, extractor)
+
+
+def _sent(selection: LayerSelection) -> SentProjection | None:
+    """Return which of the request's projections a selection has."""
+    given = selection.projection
+    if given is None or isinstance(given, SentProjection):
+        return given
+    raise AssertionError("the numbers of projections are kept apart from selections")
 
 
 def _with_sites(
@@ -299,11 +360,11 @@ def _check_served(entry: LayerEntry, capture: Capture, extractor: Extractor) -> 
 
 
 def _check_names(
-    matches: Sequence[tuple[LayerSelection, LayerEntry]], reports: Sequence[CapturePoint]
+    groups: Sequence[tuple[LayerSelection, Sequence[LayerEntry]]], reports: Sequence[CapturePoint]
 ) -> None:
     seen = {point.report_name for point in reports}
-    for selection, entry in matches:
-        own = selection.name_for(entry.name)
+    for selection, entries in groups:
+        own = selection.name_for(entries[0].name)
         suffix = selection.method.companion
         for name in (own, f"{own}.{suffix}") if suffix else (own,):
             if name in seen:

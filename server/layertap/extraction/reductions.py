@@ -88,13 +88,21 @@ def reduced(
     if reduction.ragged:
         # Its first dimension is not the batch.
         return Reduced(ValueSpec(spec.dtype, tuple(dims)), _in_front(apply, spec))
-    return Reduced(ValueSpec(spec.dtype, (front.dims[0], *dims)), _in_front(apply, spec))
+    grid = _grid_of(dims) if reduction is Reduction.TOKEN_GRID else Geometry()
+    result = ValueSpec(spec.dtype, (front.dims[0], *dims), geometry=grid)
+    return Reduced(result, _in_front(apply, spec))
 
 
 def _in_front(apply: Apply, spec: ValueSpec) -> Apply:
     """Return a function that moves the batch dimension to the front and then applies another."""
     axis = next(index for index, dim in enumerate(spec.dims) if dim.batch)
     return apply if axis == 0 else lambda value: apply(value.movedim(axis, 0))
+
+
+def _grid_of(dims: Sequence[Dim]) -> Geometry:
+    """Return the geometry of a grid ``[B, C, (T,) H, W]``, given all dimensions but the batch."""
+    sizes = [dim.size for dim in dims]
+    return Geometry(Layout.CHANNELS_FIRST, sizes[0], sizes[-2], sizes[-1])
 
 
 def _is_series(front: ValueSpec) -> bool:

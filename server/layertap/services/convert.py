@@ -15,6 +15,7 @@ from layertap.engine import (
     TextBatch,
 )
 from layertap.errors import InvalidInputError
+from layertap.regrid import NO_REGRID
 from layertap.selection import (
     Capture,
     Extractor,
@@ -32,6 +33,7 @@ from layertap.wire import dtypes
 from layertap.wire.enums import from_proto
 from layertap.wire.interventions import interventions_from_proto
 from layertap.wire.objectives import objective_from_proto
+from layertap.wire.regrids import projection_from_proto, regrid_from_proto
 from layertap.wire.small_tensors import array_from_proto
 from layertap.wire.stream_messages import id_field
 from layertap.wire.tensors import SharedTensor, TensorView
@@ -178,4 +180,9 @@ def _selection(layer: feature_service_pb2.LayerSelection) -> LayerSelection:
         method=from_proto(layer.method, feature_service_pb2.Method, "METHOD", Method.GRADIENT),
         map_form=from_proto(layer.map_form, feature_service_pb2.MapForm, "MAP_FORM", MapForm.GRID),
         sweep=_sweep(layer.sweep) if layer.HasField("sweep") else Sweep(),
+        concat=tuple(layer.concat),
+        regrid=regrid_from_proto(layer.regrid) if layer.HasField("regrid") else NO_REGRID,
+        projection=projection_from_proto(layer.projection)
+        if layer.HasField("projection")
+        else None,
     )

@@ -7,7 +7,6 @@ once. Then it is converted to what the code works with: MiB to bytes, a text to 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -15,7 +14,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from layertap.selection import Capture, LayerSelection
+from layertap.selection import LayerSelection
 from layertap.settings.paths import expanded
 
 __all__ = [
@@ -280,14 +279,7 @@ def _layers(names: tuple[str, ...]) -> tuple[LayerSelection, ...]:
 
 
 def _names(layers: tuple[LayerSelection, ...]) -> tuple[str, ...]:
-    return tuple(map(_name, layers))
-
-
-def _name(selection: LayerSelection) -> str:
-    """Return the text that LayerSelection.parse reads as this selection."""
-    layer = re.sub(r"([:=\\])", r"\\\1", selection.layer)
-    side = "" if selection.capture is Capture.OUTPUT else f":{selection.capture}"
-    return f"{layer}{side}{'=' if selection.alias else ''}{selection.alias}"
+    return tuple(selection.text for selection in layers)
 
 
 LAYERS = ValueKind(

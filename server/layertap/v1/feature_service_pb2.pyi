@@ -59,6 +59,12 @@ class IntegrationRule(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     INTEGRATION_RULE_MIDDLE: _ClassVar[IntegrationRule]
     INTEGRATION_RULE_RIGHT: _ClassVar[IntegrationRule]
 
+class Resize(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    RESIZE_UNSPECIFIED: _ClassVar[Resize]
+    RESIZE_BILINEAR: _ClassVar[Resize]
+    RESIZE_AVERAGE_POOL: _ClassVar[Resize]
+
 class Measure(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     MEASURE_UNSPECIFIED: _ClassVar[Measure]
@@ -132,6 +138,9 @@ INTEGRATION_RULE_TRAPEZOID: IntegrationRule
 INTEGRATION_RULE_LEFT: IntegrationRule
 INTEGRATION_RULE_MIDDLE: IntegrationRule
 INTEGRATION_RULE_RIGHT: IntegrationRule
+RESIZE_UNSPECIFIED: Resize
+RESIZE_BILINEAR: Resize
+RESIZE_AVERAGE_POOL: Resize
 MEASURE_UNSPECIFIED: Measure
 MEASURE_ELEMENT: Measure
 MEASURE_MAXIMUM: Measure
@@ -211,8 +220,28 @@ class AudioBatch(_message.Message):
     input: str
     def __init__(self, audio: _Optional[_Iterable[bytes]] = ..., input: _Optional[str] = ...) -> None: ...
 
+class Regrid(_message.Message):
+    __slots__ = ("around", "height", "width", "resize")
+    AROUND_FIELD_NUMBER: _ClassVar[int]
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    RESIZE_FIELD_NUMBER: _ClassVar[int]
+    around: int
+    height: int
+    width: int
+    resize: Resize
+    def __init__(self, around: _Optional[int] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., resize: _Optional[_Union[Resize, str]] = ...) -> None: ...
+
+class Projection(_message.Message):
+    __slots__ = ("matrix", "mean")
+    MATRIX_FIELD_NUMBER: _ClassVar[int]
+    MEAN_FIELD_NUMBER: _ClassVar[int]
+    matrix: _tensor_pb2.Tensor
+    mean: _tensor_pb2.Tensor
+    def __init__(self, matrix: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., mean: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
+
 class LayerSelection(_message.Message):
-    __slots__ = ("layer", "capture", "alias", "reduction", "dtype", "method", "sweep", "map_form")
+    __slots__ = ("layer", "capture", "alias", "reduction", "dtype", "method", "sweep", "map_form", "concat", "regrid", "projection")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     CAPTURE_FIELD_NUMBER: _ClassVar[int]
     ALIAS_FIELD_NUMBER: _ClassVar[int]
@@ -221,6 +250,9 @@ class LayerSelection(_message.Message):
     METHOD_FIELD_NUMBER: _ClassVar[int]
     SWEEP_FIELD_NUMBER: _ClassVar[int]
     MAP_FORM_FIELD_NUMBER: _ClassVar[int]
+    CONCAT_FIELD_NUMBER: _ClassVar[int]
+    REGRID_FIELD_NUMBER: _ClassVar[int]
+    PROJECTION_FIELD_NUMBER: _ClassVar[int]
     layer: str
     capture: _catalogue_pb2.Capture
     alias: str
@@ -229,7 +261,10 @@ class LayerSelection(_message.Message):
     method: Method
     sweep: Sweep
     map_form: MapForm
-    def __init__(self, layer: _Optional[str] = ..., capture: _Optional[_Union[_catalogue_pb2.Capture, str]] = ..., alias: _Optional[str] = ..., reduction: _Optional[_Union[Reduction, str]] = ..., dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., method: _Optional[_Union[Method, str]] = ..., sweep: _Optional[_Union[Sweep, _Mapping]] = ..., map_form: _Optional[_Union[MapForm, str]] = ...) -> None: ...
+    concat: _containers.RepeatedScalarFieldContainer[str]
+    regrid: Regrid
+    projection: Projection
+    def __init__(self, layer: _Optional[str] = ..., capture: _Optional[_Union[_catalogue_pb2.Capture, str]] = ..., alias: _Optional[str] = ..., reduction: _Optional[_Union[Reduction, str]] = ..., dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., method: _Optional[_Union[Method, str]] = ..., sweep: _Optional[_Union[Sweep, _Mapping]] = ..., map_form: _Optional[_Union[MapForm, str]] = ..., concat: _Optional[_Iterable[str]] = ..., regrid: _Optional[_Union[Regrid, _Mapping]] = ..., projection: _Optional[_Union[Projection, _Mapping]] = ...) -> None: ...
 
 class ObjectiveTerm(_message.Message):
     __slots__ = ("layer", "capture", "measure", "index", "place_length", "vector", "weight")

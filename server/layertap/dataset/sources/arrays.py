@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from layertap.dataset.addresses import is_address, open_address, read_range
 from layertap.dataset.sources.source import Source, file_stamp, printable
 from layertap.errors import InvalidInputError
 
@@ -92,15 +93,59 @@ class ArrayRows(NamedArrayRows):
         return f"{self._name}:{index}"
 
 
-def _mapped(file: str) -> np.ndarray:
+class _RemoteRows:
+    """The rows of an .npy file at an address, each of which is read when it is needed.
+
+    It has what is used of an array: its shape, its dtype, its length and single rows.
+    """
+
+    def __init__(self, address: str) -> None:
+        with open_address(address) as file:
+            version = np.lib.format.read_magic(file)
+            read = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+            }.get(version)
+            if read is None:
+                raise ValueError(f"version {version} of the format")
+            self.shape, by_columns, self.dtype = read(file)
+            self._begin = file.tell()
+        if self.dtype.hasobject or (by_columns and len(self.shape) > 1):
+            raise ValueError("objects, or an array in Fortran's order")
+        self.ndim = len(self.shape)
+        self._address = address
+
+    def __len__(self) -> int:
+        return int(self.shape[0])
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        row = self.shape[1:]
+        size = int(np.prod(row, dtype=np.int64)) * self.dtype.itemsize
+        raw = read_range(self._address, self._begin + index * size, size)
+        if len(raw) < size:
+            raise InvalidInputError(f"{self._address}: the file is cut off")
+        return np.frombuffer(raw, self.dtype).reshape(row)
+
+
+def _mapped(file: str) -> np.ndarray | _RemoteRows:
+    if is_address(file):
+        try:
+            rows = _RemoteRows(file)
+        except (ValueError, EOFError) as error:
+            raise _no_array(file, error) from error
+        if not rows.ndim:
+            raise InvalidInputError(f"input {file}: expected an .npy file of an array with rows")
+        return rows
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     except OSError as error:
         raise InvalidInputError(f"input {file}: {error.strerror or error}") from error
     except (ValueError, EOFError) as error:  # What numpy raises for a file that is no .npy file.
-        raise InvalidInputError(
-            f"input {file}: got no .npy file of numbers, expected one ({error})"
-        ) from error
+        raise _no_array(file, error) from error
     if not isinstance(array, np.ndarray) or not array.ndim:
         raise InvalidInputError(f"input {file}: expected an .npy file of an array with rows")
     return array
+
+
+def _no_array(file: str, error: Exception) -> InvalidInputError:
+    return InvalidInputError(f"input {file}: got no .npy file of numbers, expected one ({error})")

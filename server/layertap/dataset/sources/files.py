@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layertap.dataset.sources.content import Content
-from layertap.dataset.sources.source import Source, file_stamp, printable
-from layertap.errors import InvalidInputError
+from layertap.dataset.sources.source import Source, file_bytes, file_stamp, printable
 
 if TYPE_CHECKING:
     from layertap.inputs import InputLike
@@ -48,11 +46,7 @@ class Files(Source):
 
     def read(self, index: int) -> Any:
         """See Source."""
-        try:
-            raw = Path(self._paths[index]).read_bytes()
-        except OSError as error:
-            raise InvalidInputError(error.strerror or str(error)) from error
-        return self._content.decode(raw)
+        return self._content.decode(file_bytes(self._paths[index]))
 
     def batch(self, contents: Sequence[Any]) -> InputLike:
         """See Source."""

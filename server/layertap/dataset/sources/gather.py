@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+from layertap.dataset.addresses import found_at, is_address, suffix_of
 from layertap.dataset.sources.arrays import ArrayRows
 from layertap.dataset.sources.content import AudioContent, ImageContent
 from layertap.dataset.sources.files import AUDIO_SUFFIXES, IMAGE_SUFFIXES, Files
 from layertap.dataset.sources.parquet_rows import ParquetRows
-from layertap.dataset.sources.source import Joined, Source, printable
+from layertap.dataset.sources.source import Joined, Source, file_bytes, printable
 from layertap.dataset.sources.tar_shards import TarSamples
 from layertap.dataset.sources.texts import TextItems, lines_of
 from layertap.errors import InvalidInputError
@@ -47,7 +48,8 @@ def gather(
             order holds; ``.wav`` and ``.flac`` files; ``.npy`` files with an item in each row;
             ``.txt`` files with a text in each line; ``.tar`` files of samples (see
             ``TarSamples``); ``.parquet`` files (see ``ParquetRows``); ``"@FILE"`` for a file of
-            such paths, one on each line, and ``"-"`` for the same from stdin. Paths in a list are
+            such paths, one on each line, and ``"-"`` for the same from stdin; addresses of all of
+            these such as ``"s3://bucket/photos"``, through fsspec. Paths in a list are
             separated by NUL instead if there is one, as ``find -print0`` writes them.
         truncation: Where a text with too many tokens is cut.
         field: The column of Parquet files, or the part of the samples in tar files.
@@ -94,7 +96,7 @@ def check_ids(source: Source) -> None:
 
 
 def _kind(path: str) -> str:
-    suffix = Path(path).suffix.lower()
+    suffix = suffix_of(path)
     return suffix if suffix in _KINDS else ""
 
 
@@ -162,6 +164,9 @@ def _expanded(inputs: Iterable[str]) -> Iterator[str]:
 
 def _found(path: str) -> Iterator[str]:
     """Yield the files that one path names."""
+    if is_address(path):
+        yield from _found_at(path)
+        return
     place = Path(path)
     if place.is_dir():
         found = sorted(_images_below(path))
@@ -182,6 +187,16 @@ def _found(path: str) -> Iterator[str]:
         raise InvalidInputError(f"input {printable(path)}: no such file")
 
 
+def _found_at(address: str) -> list[str]:
+    found = found_at(address, IMAGE_SUFFIXES)
+    if found is None:
+        raise InvalidInputError(f"input {printable(address)}: no such file, and no file matches")
+    if not found:
+        expected = ", ".join(sorted(IMAGE_SUFFIXES))
+        raise InvalidInputError(f"folder {printable(address)}: got no images ({expected})")
+    return found
+
+
 def _images_below(folder: str) -> Iterator[str]:
     def refuse(error: OSError) -> None:
         raise InvalidInputError(
@@ -191,15 +206,15 @@ def _images_below(folder: str) -> Iterator[str]:
     for place, _, names in os.walk(folder, onerror=refuse):
         for name in names:
             # Hidden files are another program's: macOS leaves ``._photo.jpg``, for example.
-            if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
+            if suffix_of(name) in IMAGE_SUFFIXES and not name.startswith("."):
                 yield os.path.join(place, name)  # noqa: PTH118 - a million paths stay strings
 
 
 def _listed(given: str) -> list[str]:
     """Return the paths in a list; they may hold any bytes."""
     try:
-        raw = sys.stdin.buffer.read() if given == "-" else Path(given[1:]).read_bytes()
-    except OSError as error:
-        raise InvalidInputError(f"list {given[1:]}: {error.strerror}") from error
+        raw = sys.stdin.buffer.read() if given == "-" else file_bytes(given[1:])
+    except InvalidInputError as error:
+        raise InvalidInputError(f"list {given[1:]}: {error.detail}") from error
     paths = raw.split(b"\0") if b"\0" in raw else raw.splitlines()
     return [os.fsdecode(path) for path in paths if path.strip()]

@@ -12,8 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from layertap.dataset.addresses import is_address
 from layertap.dataset.sources.content import ArrayContent, Content, ImageContent, TextContent
-from layertap.dataset.sources.source import Source, file_stamp, printable
+from layertap.dataset.sources.source import (
+    Source,
+    file_bytes,
+    file_stamp,
+    open_file,
+    printable,
+)
 from layertap.errors import ConfigError, InvalidInputError
 from layertap.texts import Truncation
 
@@ -118,6 +125,10 @@ class ParquetRows(Source):
             return self._kept[group]
 
     def _file_content(self, name: str) -> bytes:
+        if is_address(name):
+            return file_bytes(name)
+        if is_address(self._path):
+            return file_bytes(f"{self._path.rpartition('/')[0]}/{name}")
         try:
             return (Path(self._path).parent / name).read_bytes()
         except OSError as error:
@@ -134,7 +145,7 @@ def _opened(path: str) -> Any:
             f"pip install 'layertap[data]'"
         ) from error
     try:
-        return pq.ParquetFile(path)
+        return pq.ParquetFile(open_file(path) if is_address(path) else path)
     except OSError as error:
         raise InvalidInputError(f"input {path}: {error.strerror or error}") from error
     except pa.ArrowInvalid as error:

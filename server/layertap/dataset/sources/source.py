@@ -9,14 +9,30 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
+from layertap.dataset.addresses import (
+    address_stamp,
+    is_address,
+    open_address,
+    read_address,
+    read_range,
+)
 from layertap.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from layertap.inputs import InputLike
 
-__all__ = ["Joined", "Part", "Source", "file_stamp", "printable"]
+__all__ = [
+    "Joined",
+    "Part",
+    "Source",
+    "file_bytes",
+    "file_range",
+    "file_stamp",
+    "open_file",
+    "printable",
+]
 
 
 class Source(ABC):
@@ -169,11 +185,54 @@ class Part(Source):
 
 def file_stamp(path: str | Path) -> str:
     """Return the size of a file and the time of its last change; empty if there is no such file."""
+    if isinstance(path, str) and is_address(path):
+        return address_stamp(path)
     try:
         stat = os.stat(path)  # noqa: PTH116 - faster than a Path for a million files
     except OSError:
         return ""
     return f"{stat.st_size} {stat.st_mtime_ns}"
+
+
+def file_bytes(path: str) -> bytes:
+    """Return the content of a file or an address.
+
+    Raises:
+        InvalidInputError: If it is not there, or can't be read.
+        UnavailableError: If it is at an address that can't be reached.
+    """
+    if is_address(path):
+        return read_address(path)
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise InvalidInputError(error.strerror or str(error)) from error
+
+
+def file_range(path: str, begin: int, size: int) -> bytes:
+    """Return some bytes of a file; fewer if it ends before. For errors see ``file_bytes``."""
+    if is_address(path):
+        return read_range(path, begin, size)
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return os.pread(file, size, begin)
+        finally:
+            os.close(file)
+    except OSError as error:
+        raise InvalidInputError(f"{path}: {error.strerror}") from error
+
+
+def open_file(path: str) -> IO[bytes]:
+    """Open a file or an address for reading at any place.
+
+    Raises:
+        OSError: If a file can't be opened.
+        InvalidInputError, UnavailableError: If an address can't be opened; see ``file_bytes``.
+    """
+    if is_address(path):
+        return cast("IO[bytes]", open_address(path))
+    return Path(path).open("rb")
 
 
 def printable(name: str) -> str:

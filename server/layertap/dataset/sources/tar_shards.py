@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from layertap.dataset.sources.content import ArrayContent, Content, ImageContent, TextContent
 from layertap.dataset.sources.files import IMAGE_SUFFIXES
-from layertap.dataset.sources.source import Source, file_stamp, printable
+from layertap.dataset.sources.source import (
+    Source,
+    file_range,
+    file_stamp,
+    open_file,
+    printable,
+)
 from layertap.errors import InvalidInputError
 from layertap.texts import Truncation
 
@@ -77,14 +83,7 @@ class TarSamples(Source):
         item = self._items[index]
         if item.size < 0:
             raise InvalidInputError(f"the sample has no {self._field}")
-        try:
-            file = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                raw = os.pread(file, item.size, item.begin)
-            finally:
-                os.close(file)
-        except OSError as error:
-            raise InvalidInputError(f"{self._path}: {error.strerror}") from error
+        raw = file_range(self._path, item.begin, item.size)
         if len(raw) < item.size:
             raise InvalidInputError(f"{self._path}: the file is cut off")
         return self._content.decode(raw)
@@ -100,7 +99,7 @@ class TarSamples(Source):
 
 def _samples(path: str) -> Iterator[tuple[str, list[_Member]]]:
     try:
-        with tarfile.open(path, "r:") as archive:
+        with open_file(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             members = [
                 _member(info.name, info.offset_data, info.size)
                 for info in archive

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layertap.dataset.sources.source import Source, printable
+from layertap.dataset.sources.source import Source, file_bytes, printable
 from layertap.errors import InvalidInputError
 from layertap.texts import Texts, Truncation
 
@@ -64,9 +63,10 @@ def lines_of(path: str) -> list[tuple[str, str]]:
         InvalidInputError: If the file can't be read.
     """
     try:
-        lines = Path(path).read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise InvalidInputError(f"texts {path}: {reason}") from error
+        lines = file_bytes(path).decode("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise InvalidInputError(f"texts {path}: it is not UTF-8") from error
+    except InvalidInputError as error:
+        raise InvalidInputError(f"texts {path}: {error.detail}") from error
     name = printable(path)
     return [(f"{name}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]

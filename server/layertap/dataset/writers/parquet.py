@@ -12,7 +12,7 @@ import numpy as np
 from layertap.dataset.shard import Output, Rows
 from layertap.dataset.writers.base import ShardedFormat
 
-__all__ = ["Parquet"]
+__all__ = ["Parquet", "table_of"]
 
 
 class Parquet(ShardedFormat):
@@ -29,21 +29,27 @@ class Parquet(ShardedFormat):
 
     def write(self, path: Path, rows: Rows, outputs: Mapping[str, Output]) -> None:
         """See ShardedFormat."""
-        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        fields = [pa.field("ids", pa.string(), nullable=False)]
-        columns: list[Any] = [pa.array(list(rows.ids), pa.string())]
-        for name, output in outputs.items():
-            column = _column(rows.arrays[name], output)
-            if output.ragged:
-                column = pa.LargeListArray.from_arrays(pa.array(rows.offsets[name]), column)
-            metadata = {"shape": json.dumps(list(output.shape))}
-            fields.append(pa.field(name, column.type, metadata=metadata))
-            columns.append(column)
-        table = pa.Table.from_arrays(columns, schema=pa.schema(fields))
         # Dictionaries are for values that repeat; those of layers don't.
+        table = table_of(rows, outputs)
         pq.write_table(table, path, use_dictionary=False, compression="zstd")
+
+
+def table_of(rows: Rows, outputs: Mapping[str, Output]) -> Any:
+    """Return rows as an Arrow table; see ``Parquet``."""
+    import pyarrow as pa
+
+    fields = [pa.field("ids", pa.string(), nullable=False)]
+    columns: list[Any] = [pa.array(list(rows.ids), pa.string())]
+    for name, output in outputs.items():
+        column = _column(rows.arrays[name], output)
+        if output.ragged:
+            column = pa.LargeListArray.from_arrays(pa.array(rows.offsets[name]), column)
+        metadata = {"shape": json.dumps(list(output.shape))}
+        fields.append(pa.field(name, column.type, metadata=metadata))
+        columns.append(column)
+    return pa.Table.from_arrays(columns, schema=pa.schema(fields))
 
 
 def _column(array: np.ndarray, output: Output) -> Any:

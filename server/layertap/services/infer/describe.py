@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from layertap.engine import ModelHost
+from layertap.engine import ModelHost, sent_spec
 from layertap.extraction import ValueSpec
 from layertap.inference import grpc_service_pb2 as pb
 from layertap.inference import model_config_pb2
@@ -146,7 +146,7 @@ def _outputs(host: ModelHost) -> Iterator[tuple[str, ValueSpec]]:
         return
     resolved = host.resolve(selections, Extractor.AUTO)
     for output in resolved.outputs:
-        yield output.name, host.catalogue.specs[resolved.points[output.point]]
+        yield output.name, sent_spec(host, resolved, output)
 
 
 def _shape(spec: ValueSpec) -> list[int]:

@@ -22,6 +22,7 @@ __all__ = ["check_version", "extraction_request", "find_host", "timeout_of", "un
 _US = 1e-6
 _KNOWN = (
     *("capture", "method", "map", "reduction", "dtype", "extractor", "objective"),
+    *("around", "resize", "pool"),
     *("interventions", "timeout"),
     *TEXT_PARAMETERS,
 )

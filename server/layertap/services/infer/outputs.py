@@ -11,6 +11,7 @@ from layertap.errors import InvalidInputError
 from layertap.extraction import PointKind
 from layertap.extraction.kinds.registry import REFERENCE
 from layertap.inference import grpc_service_pb2 as pb
+from layertap.regrid import Regrid
 from layertap.selection import Capture, Extractor, LayerSelection, is_glob
 from layertap.services.infer.parameters import Parameters, check_known, number, text
 from layertap.services.infer.shared_memory_rpcs import PARAMETERS as MEMORY_PARAMETERS
@@ -21,7 +22,8 @@ __all__ = ["default_selections", "extractor_of", "selections_of"]
 E = TypeVar("E", bound=StrEnum)
 OutputTensor = pb.ModelInferRequest.InferRequestedOutputTensor
 
-_KNOWN = ("layer", "capture", "method", "map", "reduction", "dtype", "extractor")
+_GRIDS = ("around", "resize", "pool")
+_KNOWN = ("layer", "capture", "method", "map", "reduction", "dtype", "extractor", *_GRIDS)
 _DTYPE_NAMES = {row.datatype: row.name for row in DTYPES}
 
 
@@ -106,6 +108,7 @@ def _adjusted(selection: LayerSelection, given: Parameters, where: str) -> Layer
         map_form=_member(text(given, "map", where), selection.map_form, "map"),
         reduction=_member(text(given, "reduction", where), selection.reduction, "reduction"),
         dtype=_dtype(text(given, "dtype", where)) or selection.dtype,
+        regrid=_regrid(given, where) or selection.regrid,
     )
 
 
@@ -113,6 +116,16 @@ def _check(given: Parameters, where: str) -> None:
     if number(given, "classification", where):
         raise InvalidInputError(f"{where}: classification is not supported; ask for the layer")
     check_known(given, (*_KNOWN, *MEMORY_PARAMETERS, "classification"), where)
+
+
+def _regrid(given: Parameters, where: str) -> Regrid | None:
+    """Return what parameters say about the grid of a layer; None if they say nothing."""
+    if not any(key in given for key in _GRIDS):
+        return None
+    around = number(given, "around", where)
+    return Regrid.parse(
+        str(around) if around else "", text(given, "resize", where), text(given, "pool", where)
+    )
 
 
 def _member(name: str, default: E, key: str) -> E:
