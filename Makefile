@@ -81,6 +81,7 @@ bench: .venv/.built ## what layers and replies cost, in minutes; writes benchmar
 	$(BIN)/python -W ignore benchmarks/bench_gradients.py
 	$(BIN)/python -W ignore benchmarks/bench_interventions.py
 	$(BIN)/python -W ignore benchmarks/bench_memory.py
+	$(BIN)/python -W ignore benchmarks/bench_growth.py
 
 # For a machine with a GPU, which may have neither network nor the versions of constraints.txt: with
 # the Python and the torch that are there, and nothing installed.

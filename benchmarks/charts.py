@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-__all__ = ["bars", "digits", "lines", "timeline"]
+__all__ = ["bars", "curves", "digits", "lines", "timeline"]
 
 Panels = dict[str, dict[str, float]]
 
@@ -94,4 +94,31 @@ def timeline(file: Path, rows: dict[str, list[Any]]) -> None:
     axis.tick_params(labelsize=8)
     axis.set_xlim(left=0)
     axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=110, metadata={"Software": None})
+
+
+def curves(file: Path, curves: dict[str, dict[str, Any]]) -> None:
+    """Draw curves with logarithmic axes into a PNG file, each with the slope that is expected."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(f"no matplotlib: {file.name} is left as it is")
+        return
+    columns = 4
+    rows = -(-len(curves) // columns)
+    figure = Figure(figsize=(3.0 * columns, 2.4 * rows), layout="tight")
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for axis, (name, curve) in zip(axes, curves.items(), strict=False):
+        xs, ys = zip(*curve["points"], strict=True)
+        last = ys[-1]
+        expected = [last * (x / xs[-1]) ** curve["expected"] for x in xs]
+        axis.loglog(xs, ys, marker=".")
+        axis.loglog(xs, expected, linestyle=":", color="grey")
+        axis.set_title(name, fontsize=9)
+        axis.set_xlabel(curve["x"], fontsize=7)
+        axis.set_ylabel(curve["y"], fontsize=7)
+        axis.tick_params(labelsize=7)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in list(axes):
+        axis.set_axis_off()
     figure.savefig(file, dpi=110, metadata={"Software": None})

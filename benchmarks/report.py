@@ -296,6 +296,19 @@ returns all of it to the system. Machine: {facts}.
 ![Resident memory over the requests](results/memory.png)
 """
 
+GROWTH = """
+## How does everything grow?
+
+[bench_growth.py](bench_growth.py): one curve for each row. The slope is that of a line through the
+logarithms: 0 if a cost stays the same, 1 if it doubles with what it depends on; less is better.
+Requests are for `layer1` of resnet18 at 3 × 64 × 64 unless the row says otherwise; {seconds:g} s
+for each point. Machine: {facts}.
+
+{table}
+
+![The curves, both axes logarithmic](results/growth.png)
+"""
+
 
 def write(folder: Path = common.RESULTS) -> None:
     """Write the page and the charts of every benchmark that has results in the folder.
@@ -671,6 +684,27 @@ def _images(results: dict[str, Any], folder: Path) -> str:
     )
 
 
+def _growth(results: dict[str, Any], folder: Path) -> str:
+    curves = results["curves"]
+    charts.curves(folder / "growth.png", curves)
+    rows = [
+        [
+            name,
+            f"{curve['y']} / {curve['x']}",
+            ", ".join(f"{charts.digits(y)} / {charts.digits(x)}" for x, y in curve["points"]),
+            f"{curve['slope']:.2f}",
+            f"{curve['expected']:.2f}",
+            "bends" if curve["bends"] else "as expected",
+        ]
+        for name, curve in curves.items()
+    ]
+    return GROWTH.format(
+        seconds=results["seconds"],
+        facts=_facts(results["machine"]),
+        table=_table(["curve", "what", "points", "slope", "at most", "verdict"], rows),
+    )
+
+
 def _memory(results: dict[str, Any], folder: Path) -> str:
     curve = results["resident_mib"]
     half = len(curve) // 2
@@ -752,6 +786,7 @@ SECTIONS: dict[str, Section] = {
     "interventions": _interventions,
     "images": _images,
     "memory": _memory,
+    "growth": _growth,
     "sentences": _sentences,
     "dataset": _dataset,
 }

@@ -13,7 +13,7 @@ from pathlib import Path
 from layertap.errors import InvalidInputError
 from layertap.wire import codec
 
-__all__ = ["DEFAULT_KEPT_MIB", "keep_memory", "retained_bytes"]
+__all__ = ["DEFAULT_KEPT_MIB", "keep_memory", "retained_bytes", "return_memory"]
 
 DEFAULT_KEPT_MIB = 1024
 """Default limit of kept memory in MiB: enough for the blocks of several large replies."""
@@ -60,6 +60,15 @@ def retained_bytes() -> int | None:
     free.
     """
     return _KEEPER.retained()
+
+
+def return_memory() -> None:
+    """Return all free memory to the system, which takes some milliseconds.
+
+    Call it between steps that need much memory for different things, so that the process does not
+    need the memory of all of them at once.
+    """
+    codec.trim_memory()
 
 
 class _Keeper:

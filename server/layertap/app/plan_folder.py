@@ -29,12 +29,16 @@ def open_plan_cache(options: ServerOptions) -> PlanCache | None:
     if options.plan_cache == "off":
         return None
     if options.plan_cache != "auto":
-        return PlanCache(Path(options.plan_cache).expanduser(), options.plan_cache_bytes)
+        return _opened(Path(options.plan_cache).expanduser(), options)
     try:
-        return PlanCache(_user_cache(), options.plan_cache_bytes)
+        return _opened(_user_cache(), options)
     except (ConfigError, RuntimeError) as error:  # RuntimeError: the user has no home.
         _log.warning("compiled plans are not stored: %s", error)
         return None
+
+
+def _opened(folder: Path, options: ServerOptions) -> PlanCache:
+    return PlanCache(folder, options.plan_cache_bytes, catalogues=options.keep_catalogues)
 
 
 def _user_cache() -> Path:

@@ -28,6 +28,7 @@ from layertap.extraction.checkpoints import Checkpoints
 from layertap.extraction.claims import kept_claims
 from layertap.extraction.cpu_twin import with_twin
 from layertap.extraction.guards import GuardTree, Outcome, in_words
+from layertap.extraction.kept_catalogue import CatalogueFile
 from layertap.extraction.kinds.base import ExtractorKind
 from layertap.extraction.kinds.registry import KINDS, REFERENCE, kind_of
 from layertap.extraction.measure import measure_with_graph
@@ -42,7 +43,9 @@ from layertap.extraction.taps import Taps
 from layertap.extraction.towers import check_tower
 from layertap.extraction.trial import tried
 from layertap.intervention import SiteKey
+from layertap.malloc import return_memory
 from layertap.models import Batch, BatchKey, LoadedModel
+from layertap.models.compiler_import import import_compiler
 from layertap.objective import TermKey
 from layertap.selection import Extractor, LayerSelection
 from layertap.settings import HostOptions, Limits
@@ -150,7 +153,8 @@ class ModelHost:
         self.weight_bytes = model.weight_bytes()
         self.compute = compute
         self._taps = Taps(model.module)
-        self.catalogue = self._measured(model, scope, call)
+        self._fingerprint = self._facts = ""
+        self.catalogue = self._catalogue(model, scope, cache, call)
         proving = None
         if again is not None and scope.rules.state is KeptState.KEPT:
             fresh = compute.run(lambda: _fresh(model, again), call)
@@ -169,9 +173,16 @@ class ModelHost:
             )  # fmt: skip
         for note in self.catalogue.notes:
             _log.info("model %s: %s", model.name, note)
-        self._builder = PlanBuilder(model, self._taps, self.catalogue, cache, proving=proving)
+        self._builder = PlanBuilder(
+            model,
+            self._taps,
+            self.catalogue,
+            cache,
+            proving=proving,
+            known_fingerprint=self._fingerprint,
+            facts=self._facts,
+        )
         self._lock = threading.Lock()
-        self._fingerprint = ""
         self._plans: OrderedDict[PlanKey, Plan] = OrderedDict()
         self._declared_plans: dict[PlanKey, Plan] = {}
         self._predictions: OrderedDict[PlanKey, Plan] = OrderedDict()
@@ -478,16 +489,38 @@ class ModelHost:
 
         return Lengths(axis, self.catalogue, prove, names_of_texts(self.model), call)
 
+    def _catalogue(
+        self, model: LoadedModel, scope: PassScope, cache: PlanCache | None, call: Call
+    ) -> Catalogue:
+        """Return a model's catalogue: the one that is kept, or else one that is measured."""
+        if cache is None or not cache.catalogues:
+            return self._measured(model, scope, call)
+        file = self.compute.run(lambda: CatalogueFile(cache, model, scope), call)
+        self._fingerprint = file.fingerprint
+        kept = self.compute.run(file.read, call)
+        if kept is not None:
+            self._facts = file.facts
+            if kept.looks.looked:
+                import_compiler()  # Its requests watch passes.
+            return kept
+        catalogue = self._measured(model, scope, call)
+        if self.compute.run(lambda: file.store(catalogue), call):
+            self._facts = file.facts
+        return catalogue
+
     def _measured(self, model: LoadedModel, scope: PassScope, call: Call) -> Catalogue:
         """Return a model's catalogue, with all its claims tested.
 
         This is done in steps, and requests for other models run between them.
         """
+        import_compiler()  # Not on a compute thread, where requests would wait for it.
         measured = self.compute.run(lambda: measure_with_graph(model, scope), call)
         steps = kept_claims(model, *measured)
         catalogue: Catalogue | None = None
         while catalogue is None:
+            return_memory()
             catalogue = self.compute.run(partial(next, steps), call)
+        return_memory()
         return catalogue
 
     def _log_uncompiled(self, resolved: Resolved) -> None:
@@ -543,6 +576,7 @@ class ModelHost:
                 while (plan := self.compute.run(partial(next, steps), call)) is None:
                     pass
                 plans.append(plan)
+                return_memory()
             except (ExtractorUnsupportedError, OverloadedError) as refusal:
                 # Lack of memory is not recorded as a refusal, as memory may be free later. Nor is
                 # the refusal of one outcome: a request may show more of it than the samples do.
@@ -662,6 +696,7 @@ class ModelHost:
             key: What to compile; the outcome may be unknown.
             example: The batch of a request for it; None if it is not needed.
         """
+        import_compiler()
         given = (
             None if example is None else self.compute.run(partial(self.on_device, example), Call())
         )

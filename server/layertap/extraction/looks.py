@@ -43,6 +43,7 @@ from torch.utils._pytree import tree_leaves
 
 from layertap.extraction.guards import Tape
 from layertap.extraction.steps import discrete_results, is_new, keeps_exact
+from layertap.models.compiler_import import import_compiler
 
 __all__ = ["Looks", "unwatched", "watch_looks"]
 
@@ -284,6 +285,7 @@ def watch_looks(module: nn.Module, given: Any, tape: Tape | None = None) -> Iter
         given: The tensors that the model is given, in any nesting of containers.
         tape: Records the operations of one pass.
     """
+    import_compiler()
     looks = Looks(given)
     with _Exports(looks, tape), _Operations(looks, tape), _watch_functions(looks):
         yield looks

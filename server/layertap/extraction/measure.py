@@ -17,6 +17,7 @@ from layertap.errors import ModelLoadError
 from layertap.extraction.attention import FUSED, TOO_LARGE, WEIGHTS, returns_weights
 from layertap.extraction.catalogue import Catalogue, LayerEntry, Support
 from layertap.extraction.grid import survey_grids
+from layertap.extraction.kept_values import KeptValue
 from layertap.extraction.kinds.base import Verdict
 from layertap.extraction.kinds.registry import KINDS, REFERENCE, AnyKind
 from layertap.extraction.layout import Geometry
@@ -303,14 +304,14 @@ def _ungiven_arguments(model: LoadedModel) -> list[str]:
 
 
 def _first_non_finite(
-    entries: Mapping[str, LayerEntry], values: Mapping[CapturePoint, torch.Tensor]
+    entries: Mapping[str, LayerEntry], values: Mapping[CapturePoint, KeptValue]
 ) -> str:
     """Return the first layer whose output has NaN or infinity; empty if there is none.
 
     Values are in the order in which the calls ended, so this is the innermost such layer.
     """
     names = {entry.points.get(Capture.OUTPUT): name for name, entry in entries.items()}
-    bad = (point for point, value in values.items() if not value.isfinite().all())
+    bad = (point for point, value in values.items() if not value.finite)
     return next((names[point] for point in bad if point in names), "")
 
 
@@ -335,7 +336,7 @@ def _specs(one: HookSurvey, two: Mapping[CapturePoint, Shape]) -> dict[CapturePo
 
 
 def _survey_graph(
-    model: LoadedModel, reference: Mapping[CapturePoint, torch.Tensor], scope: PassScope
+    model: LoadedModel, reference: Mapping[CapturePoint, KeptValue], scope: PassScope
 ) -> MeasuredGraph:
     if isinstance(model.module, torch.jit.ScriptModule):
         return MeasuredGraph(reason="a TorchScript program can't be traced symbolically")
@@ -379,7 +380,7 @@ def _left_out(signature: Signature) -> str:
 def _in_order(
     model: LoadedModel,
     specs: dict[CapturePoint, ValueSpec],
-    values: Mapping[CapturePoint, torch.Tensor],
+    values: Mapping[CapturePoint, KeptValue],
     x: Batch,
 ) -> dict[CapturePoint, ValueSpec]:
     """Return the specs, with a mark on points whose items are interleaved along the batch axis.

@@ -25,13 +25,13 @@ from enum import StrEnum
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import nn
 
 from layertap.extraction.base import BuiltExtractor
 from layertap.extraction.chance import Generators
 from layertap.extraction.containers import flatten, plain, unsendable
 from layertap.extraction.gate import no_forward_pass
+from layertap.extraction.kept_values import KeptValue
 from layertap.extraction.looks import unwatched
 from layertap.extraction.points import CapturePoint, PointKind, Sink
 from layertap.extraction.samples import ordinary_batch
@@ -39,8 +39,8 @@ from layertap.extraction.script_taps import programs, writes_attributes
 from layertap.extraction.state import Change, Snapshot, Watch
 from layertap.extraction.survey import HookSurvey, survey_hooks
 from layertap.extraction.taps import StopForward, observe
-from layertap.extraction.verify import difference
 from layertap.extraction.writes import each_line
+from layertap.malloc import return_memory
 from layertap.models import Batch, LoadedModel
 from layertap.selection import Capture
 
@@ -287,6 +287,7 @@ def survey_passes(model: LoadedModel, scope: PassScope) -> tuple[HookSurvey, Hoo
         seen.stopped = _left_by_stops(model, x, len(one.order), snapshot, seen)
         seen.seeds = chance.moved() and _agrees(model, x, one.values)
         snapshot.deep_restore()
+    return_memory()
     two = survey_hooks(model, ordinary_batch(model, 2))
     after_two = snapshot.deep_changes()
     seen.add(after_two)
@@ -412,7 +413,7 @@ def _named(paths: Sequence[str]) -> str:
     )
 
 
-def _agrees(model: LoadedModel, x: Batch, values: Mapping[CapturePoint, torch.Tensor]) -> bool:
+def _agrees(model: LoadedModel, x: Batch, values: Mapping[CapturePoint, KeptValue]) -> bool:
     """Run a pass and return whether each output has the same values as before."""
     calls: dict[str, int] = {}
     agrees = True
@@ -425,7 +426,7 @@ def _agrees(model: LoadedModel, x: Batch, values: Mapping[CapturePoint, torch.Te
         for way, tensor in flatten(value):
             expected = values.get(CapturePoint(PointKind.MODULE, path, side, call, way))
             if expected is not None and not unsendable(tensor):
-                agrees = agrees and difference(plain(tensor), expected) <= SAME
+                agrees = agrees and expected.difference(plain(tensor)) <= SAME
 
     try:
         with observe(model.module, see):

@@ -32,7 +32,12 @@ from functools import cached_property, partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
-from layertap.errors import ExtractorUnsupportedError, LayertapError, OverloadedError
+from layertap.errors import (
+    ExtractorUnsupportedError,
+    InvalidInputError,
+    LayertapError,
+    OverloadedError,
+)
 from layertap.extraction.apart import ProgramEndedError
 from layertap.extraction.base import BuiltExtractor, Values
 from layertap.extraction.catalogue import Catalogue
@@ -45,7 +50,7 @@ from layertap.extraction.kinds.base import (
     ExtractorKind,
     ReferenceKind,
 )
-from layertap.extraction.kinds.registry import REFERENCE, kind_of
+from layertap.extraction.kinds.registry import REFERENCE, AnyKind, kind_of
 from layertap.extraction.looks import watch_looks
 from layertap.extraction.out_of_memory import is_out_of_memory
 from layertap.extraction.outcomes import Outcomes, Recorded
@@ -152,6 +157,9 @@ class PlanBuilder:
         cache: Stores the compiled plans that are kept; None if plans are not stored.
         proving: Another instance of the model for measuring, with its taps, if a pass of the model
             itself would change later answers.
+        known_fingerprint: The model's fingerprint, if it is known already; else empty.
+        facts: A digest of what the proofs of stored programs depend on; empty to repeat each proof
+            in full. See Note [Proofs that are kept] in ``plan_cache``.
 
     Attributes:
         prover: Compares plans with the model, during building and later.
@@ -166,7 +174,11 @@ class PlanBuilder:
         cache: PlanCache | None = None,
         *,
         proving: tuple[LoadedModel, Taps] | None = None,
+        known_fingerprint: str = "",
+        facts: str = "",
     ) -> None:
+        self._facts = facts
+        self._known_fingerprint = known_fingerprint
         self._model = model
         self._taps = taps
         self._catalogue = catalogue
@@ -240,6 +252,18 @@ class PlanBuilder:
         if isinstance(kind, CompiledKind) and outcome:
             yield from self._of_outcome(kind, key, example, keep=keep)
             return
+        if isinstance(kind, CompiledKind) and keep:
+            plan = yield from self._of_kept_proof(kind, key)
+            if plan is not None:
+                yield plan
+                return
+        yield from self._proven(kind, key, keep=keep)
+
+    def _proven(
+        self, kind: AnyKind, key: PlanKey, *, keep: bool
+    ) -> Generator[Plan | None, None, None]:
+        """Build a plan for items on which no looks are known, and prove it in full."""
+        pass_spec, batch_key, points = key.pass_spec, key.batch_key, key.pass_spec.points
         batches = [ordinary_batch(self._model, size, batch_key) for size in (1, 2)]
         reference = []
         for x in batches:
@@ -269,6 +293,34 @@ class PlanBuilder:
                 yield from proof.steps(built)
         findings = Findings(x.size for x, _ in proof.cases)
         yield Plan(kind, pass_spec, batch_key, specs, built, findings)
+
+    def _of_kept_proof(
+        self, kind: CompiledKind[Any], key: PlanKey
+    ) -> Generator[None, None, Plan | None]:
+        """Return the plan of a stored program whose proof is kept; None if there is none.
+
+        See Note [Proofs that are kept] in ``plan_cache``. The program is compared on one item.
+        """
+        x = ordinary_batch(self._model, 1, key.batch_key)
+        points = key.pass_spec.points
+        stored = self._stored(kind, key.pass_spec, x.key)
+        if not stored or not self._facts or key.batch_key != self._model.signature.key:
+            return None
+        program = stored.load(kind, self._model.device)
+        sizes = stored.proven_sizes(self._facts) if program is not None else []
+        if program is None or not sizes or kind.may_end_the_process(program):
+            return None
+        yield None
+        try:
+            proof = _Proof(kind, key.pass_spec, [(x, self.prover.truth(key.pass_spec, x))])
+            built = yield from self._warm(kind, program, proof)
+        except (ExtractorUnsupportedError, InvalidInputError) as error:
+            _log.warning("model %s: a kept proof no longer holds: %s", self._model.name, error)
+            stored.forget()
+            return None
+        self._portable[built] = _Purpose.of(kind, proof)
+        specs = tuple(self._catalogue.specs[point] for point in points)
+        return Plan(kind, key.pass_spec, key.batch_key, specs, built, Findings(sizes))
 
     def predicted(self, pass_spec: PassSpec, batch_key: BatchKey) -> Plan | None:
         """Return a plan of the reference kind without running the model; None if that can't be.
@@ -305,7 +357,9 @@ class PlanBuilder:
         self, kind: CompiledKind[Any], proof: _Proof, *, keep: bool
     ) -> Generator[None, None, BuiltExtractor]:
         """Return a compiled, proven and warm extractor: the stored one, or else a new one."""
-        stored = self._stored(kind, proof) if keep else None
+        stored = (
+            self._stored(kind, proof.pass_spec, proof.example.key, proof.outcome) if keep else None
+        )
         program = stored.load(kind, self._model.device) if stored else None
         if stored and program is not None:
             portable = not proof.outcome and not kind.may_end_the_process(program)
@@ -313,6 +367,7 @@ class PlanBuilder:
                 built = yield from self._warm(kind, program, proof)
                 if portable:
                     self._portable[built] = _Purpose.of(kind, proof)
+                self._keep_proof(stored, proof)
                 return built
             except ExtractorUnsupportedError:
                 _log.warning("model %s: a stored plan no longer fits it", self._model.name)
@@ -339,6 +394,8 @@ class PlanBuilder:
             built = yield from self._warm(kind, program, proof)
         if portable:
             self._portable[built] = _Purpose.of(kind, proof)
+        if stored:
+            self._keep_proof(stored, proof)
         if general:
             self._general[PlanKey(kind.id, proof.pass_spec, proof.example.key)] = built
         return built
@@ -423,17 +480,25 @@ class PlanBuilder:
                 reason = f"at batch size {x.size} {fault}"
                 raise self._refusal(proof.kind, proof.pass_spec, reason)
 
-    def _stored(self, kind: CompiledKind[Any], proof: _Proof) -> PlanFile | None:
+    def _keep_proof(self, stored: PlanFile, proof: _Proof) -> None:
+        if self._facts and not proof.outcome:
+            stored.keep_proof(self._facts, (x.size for x, _ in proof.cases))
+
+    def _stored(
+        self,
+        kind: CompiledKind[Any],
+        pass_spec: PassSpec,
+        batch_key: BatchKey,
+        outcome: Outcome = (),
+    ) -> PlanFile | None:
         if self._cache is None:
             return None
-        digest = plan_digest(
-            self._fingerprint, kind, proof.pass_spec, proof.example.key, proof.outcome
-        )
+        digest = plan_digest(self._fingerprint, kind, pass_spec, batch_key, outcome)
         return self._cache.file(digest)
 
     @cached_property
     def _fingerprint(self) -> str:
-        return fingerprint(self._model)
+        return self._known_fingerprint or fingerprint(self._model)
 
     def construct(
         self, extractor: Extractor, pass_spec: PassSpec, example: Batch

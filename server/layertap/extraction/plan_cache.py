@@ -1,10 +1,16 @@
-"""Compiled plans on disk, so that a restart need not compile again.
+"""A folder of compiled plans and catalogues, so that a restart need not make them again.
 
 Note [What is stored]
     A program is stored before its last optimisation, which is repeated after loading: an optimised
     TorchScript program, for one, would lose its weights when saved. The name of its file is a
     digest of everything that it was made from, including the extractor kind, and a loaded program
     is proven again. So a file that doesn't fit costs time, but never gives a wrong answer.
+
+Note [Proofs that are kept]
+    A second file says for what a program was proven: the digest of its file, the facts of the
+    model and the machine (see ``kept_catalogue``), and the batch sizes. If all of that is equal,
+    the same instructions get the same numbers as in that proof, and one batch is enough to see that
+    the program still fits. If anything differs, the whole proof is repeated.
 
 Loading a program may run code in its file. So only this user may be able to write to the folder.
 """
@@ -13,12 +19,14 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
+import json
 import logging
 import os
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -38,6 +46,8 @@ _log = logging.getLogger(__name__)
 
 FORMAT = "4"
 SUFFIX = ".plan.pt"
+CATALOGUE_SUFFIX = ".catalogue"
+PROOF_SUFFIX = ".proof"
 PART = ".part"
 """The suffix of a file that is being written."""
 
@@ -47,7 +57,10 @@ _STALE_SECONDS = 3600.0
 
 
 class PlanCache:
-    """A folder of compiled programs, bounded in bytes; the least recently used are removed first.
+    """A folder, bounded in bytes, whose least recently used files are removed first.
+
+    It has the compiled programs of declared layers and the catalogues of models (see
+    ``kept_catalogue``).
 
     A full, read-only or broken disk is not an error: the log says so, nothing is stored, and the
     server works without stored plans. Each program is tried again, so space that becomes free later
@@ -56,13 +69,18 @@ class PlanCache:
     Args:
         folder: The folder, created with mode 0700 if it doesn't exist.
         max_bytes: Maximum total size of its files.
+        catalogues: Whether catalogues are kept.
+
+    Attributes:
+        catalogues: The same.
 
     Raises:
         ConfigError: If the folder belongs to another user, if another user can write to it, or if
             it can't be created for a reason other than the disk.
     """
 
-    def __init__(self, folder: Path, max_bytes: int) -> None:
+    def __init__(self, folder: Path, max_bytes: int, *, catalogues: bool = True) -> None:
+        self.catalogues = catalogues
         self._folder = folder
         self._max_bytes = max_bytes
         try:
@@ -77,8 +95,18 @@ class PlanCache:
         """Return the file of one program, which may not exist yet."""
         return PlanFile(self, self._folder / f"{digest}{SUFFIX}")
 
+    def catalogue(self, digest: str) -> Path:
+        """Return the path of one model's catalogue, which may not exist yet."""
+        return self._folder / f"{digest}{CATALOGUE_SUFFIX}"
+
+    @staticmethod
+    def used(path: Path) -> None:
+        """Record that a file was just used, so that it is removed last."""
+        with suppress(OSError):  # On a read-only disk, nothing is trimmed either.
+            os.utime(path)
+
     def write(self, data: memoryview) -> Path:
-        """Write a program to a new file, under a temporary name that no reader looks for.
+        """Write a new file, under a temporary name that no reader looks for.
 
         Args:
             data: The bytes to write. They are all on the disk when this returns.
@@ -104,7 +132,9 @@ class PlanCache:
     def trim(self) -> None:
         """Remove the least recently used files until the others fit."""
         found = []
-        for path in self._files(SUFFIX):
+        for path in itertools.chain.from_iterable(
+            map(self._files, (SUFFIX, CATALOGUE_SUFFIX, PROOF_SUFFIX))
+        ):
             with suppress(OSError):  # Another process may be trimming too.
                 state = path.stat()
                 found.append((state.st_mtime_ns, state.st_size, path))
@@ -154,6 +184,41 @@ class PlanFile:
     def __init__(self, cache: PlanCache, path: Path) -> None:
         self._cache = cache
         self._path = path
+        self._proof = path.with_name(path.name.removesuffix(SUFFIX) + PROOF_SUFFIX)
+        self._digest = ""  # Of the file's content, as it was last read or written.
+
+    def proven_sizes(self, facts: str) -> list[int]:
+        """Return the batch sizes for which the program that was just loaded is known to be proven.
+
+        See Note [Proofs that are kept].
+
+        Args:
+            facts: A digest of what the proof depends on besides the program.
+
+        Returns:
+            The sizes; none if there is no such proof.
+        """
+        try:
+            kept = json.loads(self._proof.read_bytes())
+            fits = kept["facts"] == facts and kept["program"] == self._digest
+            sizes = [size for size in kept["sizes"] if type(size) is int] if fits else []
+        except FileNotFoundError:
+            return []
+        except Exception as error:  # noqa: BLE001 - reading damaged JSON may raise anything
+            _log.warning("kept proof %s is damaged: %s", self._proof.name, type(error).__name__)
+            return []
+        if not sizes:
+            _log.info("kept proof %s is for something else", self._proof.name)
+        return sizes
+
+    def keep_proof(self, facts: str, sizes: Iterable[int]) -> None:
+        """Record that the program that was just loaded or stored was proven for batch sizes."""
+        proof = {"facts": facts, "program": self._digest, "sizes": sorted(set(sizes))}
+        try:
+            written = self._cache.write(memoryview(json.dumps(proof).encode()))
+            written.replace(self._proof)
+        except (OSError, ConfigError) as error:
+            _log.warning("proof not kept: %s", error)
 
     def load(self, kind: CompiledKind[Any], device: torch.device) -> Any:
         """Return the stored program of a kind; None if there is none or it can't be read."""
@@ -165,19 +230,20 @@ class PlanFile:
             # The file may be intact: the disk could not be read now.
             _log.warning("stored plan %s can't be read: %s", self._path.name, error.strerror)
             return None
+        self._digest = hashlib.blake2b(data).hexdigest()
         try:
             program = kind.load(data, device)
         except Exception as error:  # noqa: BLE001 - a loader may raise anything for damaged bytes
             _log.warning("stored plan %s is damaged: %s", self._path.name, type(error).__name__)
             self.forget()
             return None
-        with suppress(OSError):  # On a read-only disk, nothing is trimmed either.
-            os.utime(self._path)
+        self._cache.used(self._path)
         return program
 
     def forget(self) -> None:
         """Remove the file."""
         remove(self._path)
+        remove(self._proof)
 
     @contextmanager
     def storing(self, kind: CompiledKind[Any], program: Any) -> Iterator[None]:
@@ -203,7 +269,9 @@ class PlanFile:
 
     def _write(self, kind: CompiledKind[Any], program: Any) -> Path | None:
         try:
-            return self._cache.write(memoryview(kind.save(program)))
+            data = memoryview(kind.save(program))
+            self._digest = hashlib.blake2b(data).hexdigest()
+            return self._cache.write(data)
         except OSError as error:
             _log.warning("plan not stored: %s", error.strerror)
         except Exception as error:  # noqa: BLE001 - a kind may raise anything; only the file is lost

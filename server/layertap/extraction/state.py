@@ -675,7 +675,8 @@ class _Tensor(_Node):
 class _Functions(_Node):
     """The functions of torch, which a model may replace while it runs.
 
-    They are restored only if a pass was seen to replace them.
+    They are restored only if a pass was seen to replace them. torch itself replaces
+    ``manual_seed`` by a wrapper when its compiler is imported, which changes nothing.
     """
 
     of_torch = True
@@ -688,10 +689,16 @@ class _Functions(_Node):
         ]
 
     def suspect(self) -> bool:
-        return not all(
-            all(map(operator.is_, map(vars(place).get, held), held.values()))
-            for place, held in self._held
-        )
+        for place, held in self._held:
+            now = vars(place)
+            if all(map(operator.is_, map(now.get, held), held.values())):
+                continue
+            for name, value in held.items():
+                if _is_wrapped_by_torch(now.get(name), value):
+                    held[name] = now[name]
+                elif now.get(name) is not value:
+                    return True
+        return False
 
     def differing(self) -> list[str]:
         return [""] if self.suspect() else []
@@ -986,6 +993,12 @@ class _Walk:
 
 def _is_function(value: object) -> bool:
     return callable(value) and not isinstance(value, type)
+
+
+def _is_wrapped_by_torch(now: Any, held: Any) -> bool:
+    """Return whether a function is the wrapper by which torch keeps its compiler away from it."""
+    wrapper = getattr(now, "__globals__", {}).get("__name__") == "torch._compile"
+    return wrapper and getattr(now, "__wrapped__", None) is held
 
 
 def _place(tensor: torch.Tensor) -> int | None:

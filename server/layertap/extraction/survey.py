@@ -22,11 +22,12 @@ from layertap.extraction.attention import WEIGHTS, FusedAttention
 from layertap.extraction.chance import Generators
 from layertap.extraction.containers import flatten, plain, unsendable
 from layertap.extraction.guards import Outcome, Tape, why_not
+from layertap.extraction.kept_values import KeptValue, KeptValues
 from layertap.extraction.looks import watch_looks
 from layertap.extraction.points import CapturePoint, PointKind, ValueSpec
 from layertap.extraction.symbolic import Trace
 from layertap.extraction.taps import observe
-from layertap.extraction.verify import difference, same
+from layertap.extraction.verify import same
 from layertap.models import Batch, LoadedModel
 from layertap.selection import Capture
 
@@ -65,7 +66,7 @@ class HookSurvey:
     Attributes:
         order: (module path, call) in the order in which the calls began.
         shapes: The dtype and shape of every captured tensor.
-        values: A copy of every captured output, if these were requested.
+        values: Every captured output, if these were requested.
         unsendable: For each value that can't be sent, why.
         quantized: The quantised dtype of each quantised value.
         threaded: The paths of the modules that ran in one of the model's own threads.
@@ -75,7 +76,7 @@ class HookSurvey:
 
     order: list[tuple[str, int]] = field(default_factory=list)
     shapes: dict[CapturePoint, Shape] = field(default_factory=dict)
-    values: dict[CapturePoint, torch.Tensor] = field(default_factory=dict)
+    values: dict[CapturePoint, KeptValue] = field(default_factory=dict)
     unsendable: dict[CapturePoint, str] = field(default_factory=dict)
     quantized: dict[CapturePoint, str] = field(default_factory=dict)
     threaded: set[str] = field(default_factory=set)
@@ -95,10 +96,10 @@ def survey_hooks(
     Args:
         model: The model.
         x: The batch; it is not changed.
-        keep_values: Whether to keep a copy of every output.
+        keep_values: Whether to keep every output; see ``kept_values``.
         look: Called when a module's call begins and when it ends.
     """
-    survey = HookSurvey()
+    survey, kept = HookSurvey(), KeptValues()
     calls: Counter[tuple[str, Capture]] = Counter()
     recursive: set[str] = set()
 
@@ -136,7 +137,7 @@ def survey_hooks(
             survey.shapes[point] = (sent.dtype, tuple(sent.shape))
             # Attention weights are large, and no other value is compared with them.
             if keep_values and side is Capture.OUTPUT and WEIGHTS not in way:
-                survey.values[point] = sent.clone()
+                survey.values[point] = kept.keep(sent)
 
     given = x.clone()
     generators = Generators(model.device)
@@ -163,7 +164,7 @@ def survey_first_item(
     model: LoadedModel,
     x: Batch,
     specs: Mapping[CapturePoint, ValueSpec],
-    values: Mapping[CapturePoint, torch.Tensor],
+    values: Mapping[CapturePoint, KeptValue],
 ) -> set[CapturePoint]:
     """Return the points at which the first item comes first along the batch dimension.
 
@@ -187,7 +188,7 @@ def survey_first_item(
             if axis is None or point not in values or tensor.ndim <= axis[0]:
                 continue
             mine = plain(tensor).narrow(axis[0], 0, axis[1])
-            if difference(mine, values[point]) < _NEAR:
+            if values[point].difference(mine) < _NEAR:
                 first.add(point)
 
     with observe(model.module, see):
@@ -196,7 +197,7 @@ def survey_first_item(
 
 
 def survey_repeat(
-    model: LoadedModel, x: Batch, values: Mapping[CapturePoint, torch.Tensor]
+    model: LoadedModel, x: Batch, values: Mapping[CapturePoint, KeptValue]
 ) -> set[CapturePoint]:
     """Run a model on the same batch again; return the points whose values have changed."""
     changed: set[CapturePoint] = set()
@@ -209,7 +210,7 @@ def survey_repeat(
         calls[path] += 1
         for way, tensor in flatten(value):
             point = CapturePoint(PointKind.MODULE, path, side, call, way)
-            if point in values and not same(plain(tensor), values[point]):
+            if point in values and not values[point].same(plain(tensor)):
                 changed.add(point)
 
     with observe(model.module, see):
@@ -364,7 +365,7 @@ def survey_fused(model: LoadedModel, x: Batch) -> set[str]:
 def survey_walk(
     model: LoadedModel,
     x: Batch,
-    reference: Mapping[CapturePoint, torch.Tensor],
+    reference: Mapping[CapturePoint, KeptValue],
     straight: Collection[str],
 ) -> dict[str, str]:
     """Call the top-level children in order as long as each one's output equals the reference.
@@ -411,7 +412,7 @@ class FxSurvey:
 def survey_fx(
     trace: Trace,
     x: Batch,
-    reference: Mapping[CapturePoint, torch.Tensor],
+    reference: Mapping[CapturePoint, KeptValue],
     turn: AbstractContextManager[object],
 ) -> FxSurvey:
     """Run the symbolic graph and compare each module's node with the reference.
@@ -428,21 +429,22 @@ def survey_fx(
             points.setdefault(node, []).append(point)
     survey = FxSurvey()
     operations = set(trace.names.operations)
-    whole: dict[str, torch.Tensor] = {}
+    whole: dict[str, KeptValue] = {}
+    kept = KeptValues()
 
     def see(index: int, value: torch.Tensor) -> None:
         node = trace.names.eval[index]
         survey.shapes[node] = (value.dtype, tuple(value.shape))
         for point in points.get(node, ()):
-            survey.equal[point] = same(value, reference[point])
+            survey.equal[point] = reference[point].same(value)
             if not survey.equal[point] and node not in operations:
                 survey.astray = survey.astray or point.path
         if trace.pruned is not None:
-            whole[node] = value.clone()
+            whole[node] = kept.keep(value)
 
     def compare(index: int, value: torch.Tensor) -> None:
         node = trace.useful[index]
-        if not same(value, whole[node]):
+        if not whole[node].same(value):
             survey.lost.add(node)
 
     with turn:
@@ -458,7 +460,7 @@ def survey_fx(
 
 
 def _step(
-    name: str, child: nn.Module, x: torch.Tensor, reference: Mapping[CapturePoint, torch.Tensor]
+    name: str, child: nn.Module, x: torch.Tensor, reference: Mapping[CapturePoint, KeptValue]
 ) -> tuple[torch.Tensor, str]:
     expected = reference.get(CapturePoint(PointKind.MODULE, name))
     if expected is None:
@@ -467,6 +469,6 @@ def _step(
         y = child(x)
     except Exception:  # noqa: BLE001 - whatever a model raises, the walk ends here
         y = None
-    if isinstance(y, torch.Tensor) and same(plain(y), expected):
+    if isinstance(y, torch.Tensor) and expected.same(plain(y)):
         return y, ""
     return x, f"the forward pass does not feed child {name!r} with the child registered before it"

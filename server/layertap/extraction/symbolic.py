@@ -52,13 +52,14 @@ class GraphNames:
         train: The name of one node in training mode; torchvision's tracer requires one.
         eval: Names in evaluation mode, in execution order.
         operations: The names of nodes that call no module.
+        targets: As given.
     """
 
     def __init__(self, train: Sequence[str], targets: Mapping[str, str]) -> None:
         self.train = train[0]
         self.eval = tuple(targets)
         self.operations = tuple(name for name, target in targets.items() if not target)
-        self._targets = targets
+        self.targets = targets
 
     def node_of(self, point: CapturePoint) -> str | None:
         """Return the node that has the value of a point; None if the graph has none.
@@ -68,10 +69,10 @@ class GraphNames:
         cuts numbers off the end, so that ViT's `ln_2` is called `ln_1`, and `ln_1` is called `ln`.
         """
         if point.kind is PointKind.NODE:
-            return point.path if point.path in self._targets else None
+            return point.path if point.path in self.targets else None
         if not point.path:
             return None  # The model's own result: nothing says which node it is.
-        own = [name for name, target in self._targets.items() if target == point.path]
+        own = [name for name, target in self.targets.items() if target == point.path]
         if own:
             return own[point.call] if point.call < len(own) else None
         inside = point.path + "."

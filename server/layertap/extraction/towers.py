@@ -19,7 +19,6 @@ from layertap.extraction.grid import survey_grids
 from layertap.extraction.layout import Layout
 from layertap.extraction.points import CapturePoint, ValueSpec
 from layertap.extraction.survey import HookSurvey, survey_hooks
-from layertap.extraction.verify import same
 from layertap.models import Batch, BatchKey, LoadedModel, Signature, Tower
 
 __all__ = ["check_tower", "placed_in_towers", "survey_towers"]
@@ -57,7 +56,7 @@ def _equal(alone: HookSurvey, whole: HookSurvey) -> Iterator[CapturePoint]:
         value, reference = alone.values.get(point), whole.values.get(point)
         # The values of inputs and of attention weights are not kept.
         if (value is None) == (reference is None) and (
-            value is None or reference is None or same(value, reference)
+            value is None or reference is None or value.equals(reference)
         ):
             yield point
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from layertap.models.compiler_import import import_torchvision
+
+import_torchvision()  # Before any other file imports it.
+
 from layertap.models.batch import Batch, BatchKey, ItemTensor
 from layertap.models.free_sizes import free_sizes, resized
 from layertap.models.image_batch import ImageBatch

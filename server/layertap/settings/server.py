@@ -155,6 +155,14 @@ class ServerOptions:
             kinds.PLAN_CACHE,
         ),
     ] = "auto"
+    keep_catalogues: Annotated[
+        bool,
+        Setting(
+            "Keep the catalogues of models in that folder too, and use one again if the model, its "
+            "code, the versions and the machine are the same; a pass verifies it first.",
+            kinds.TRUTH,
+        ),
+    ] = True
     plan_cache_bytes: Annotated[
         int,
         Setting("MiB that the plan cache may grow to.", kinds.mib(1), key="plan_cache_mib"),
