@@ -10,7 +10,7 @@ fuzz: SECONDS ?= 60
 mutants: COUNT ?= 40
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-clients test-models test-gradients test-beside test-interventions test-zoo test-packages soak chaos storm fuzz mutants bench bench-cuda bench-sentences perf-analyzer check check-deploy fmt gen clean
+.PHONY: help setup demo serve test test-clients test-models test-gradients test-beside test-interventions test-beside-interventions test-zoo test-packages soak chaos storm fuzz mutants bench bench-cuda bench-sentences perf-analyzer check check-deploy fmt gen clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -45,6 +45,10 @@ test-beside: .venv/.built build/beside/.installed ## gradients beside captum and
 test-interventions: .venv/.built ## interventions at layers of every model; writes docs/coverage.md: an hour
 	$(BIN)/python -W ignore tests/coverage/prove_interventions.py --rows build/interventions.json \
 	  --write docs/coverage.md $(ARGS)
+
+test-beside-interventions: .venv/.built build/interpretability/.installed ## interventions beside TransformerLens and pyvene; writes docs/coverage.md
+	PYTHONPATH=server build/interpretability/bin/python -W ignore \
+	  tests/coverage/beside_interventions.py --write docs/coverage.md $(ARGS)
 
 test-zoo: setup ## every layer of every awkward model, in every way; writes docs/coverage.md
 	$(BIN)/python -W ignore tests/zoo/prove_zoo.py --write docs/coverage.md $(ARGS)
@@ -179,4 +183,12 @@ build/beside/.installed: tools/attribution-requirements.txt .venv/.installed
 	$(BIN)/python -c 'import site; print("\n".join(site.getsitepackages()))' \
 	  > $$(echo build/beside/lib/python3*/site-packages)/main-environment.pth
 	build/beside/bin/pip install --quiet -c constraints.txt -r $<
+	touch $@
+
+# As the one above.
+build/interpretability/.installed: tools/interpretability-requirements.txt .venv/.installed
+	test -x build/interpretability/bin/python || $(BIN)/python -m venv build/interpretability
+	$(BIN)/python -c 'import site; print("\n".join(site.getsitepackages()))' \
+	  > $$(echo build/interpretability/lib/python3*/site-packages)/main-environment.pth
+	build/interpretability/bin/pip install --quiet -c constraints.txt -r $<
 	touch $@

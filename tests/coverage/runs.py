@@ -103,11 +103,11 @@ class Command(Generic[R]):
         return parser.parse_args()
 
     def _kept(self, file: Path | None) -> list[R]:
-        """Return the rows of earlier runs; models that could not be compared are tried again."""
+        """Return the rows of earlier runs; wrong and not compared models are tried again."""
         if file is None or not file.exists():
             return []
         rows = [self.row(**each) for each in json.loads(file.read_text("utf-8"))]
-        return [row for row in rows if not row.error]
+        return [row for row in rows if not row.error and not row.wrong]
 
     def _keep(self, rows: Sequence[R], file: Path | None) -> None:
         if file is not None:
