@@ -35,7 +35,7 @@ test-models: setup ## every layer of every model by every extractor; writes docs
 	$(BIN)/python -W ignore tests/coverage/prove.py --write docs/coverage.md $(ARGS)
 
 test-gradients: .venv/.built ## the gradient of every layer of every model; writes docs/coverage.md: hours
-	$(BIN)/python -W ignore tests/coverage/prove_gradients.py --rows build/gradients.json \
+	$(BIN)/python -W ignore tests/coverage/prove_gradients.py --rows tests/coverage/rows/gradients.json \
 	  --write docs/coverage.md $(ARGS)
 
 test-beside: .venv/.built build/beside/.installed ## gradients beside captum and pytorch-grad-cam; writes docs/coverage.md
@@ -43,7 +43,7 @@ test-beside: .venv/.built build/beside/.installed ## gradients beside captum and
 	  --rows build/beside.json --write docs/coverage.md $(ARGS)
 
 test-interventions: .venv/.built ## interventions at layers of every model; writes docs/coverage.md: an hour
-	$(BIN)/python -W ignore tests/coverage/prove_interventions.py --rows build/interventions.json \
+	$(BIN)/python -W ignore tests/coverage/prove_interventions.py --rows tests/coverage/rows/interventions.json \
 	  --write docs/coverage.md $(ARGS)
 
 test-beside-interventions: .venv/.built build/interpretability/.installed ## interventions beside TransformerLens and pyvene; writes docs/coverage.md

@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -136,6 +136,12 @@ class Site:
         first = value.movedim(self.axis, 0)
         return first.unflatten(0, (-1, self.per_item)) if self.per_item > 1 else first
 
+    def of(self, value: torch.Tensor, size: int) -> Site:
+        """Return the site in a batch whose items have other sizes than the catalogue's."""
+        if self.axis is None:
+            return self
+        return replace(self, per_item=value.shape[self.axis] // size)
+
     def whole(self) -> Part:
         """Return the whole value as a part."""
         return Part(self.axis)
@@ -238,8 +244,15 @@ class _Proof:
         truth = self._truth(read, {}, size)
         for site in read:
             if not same_bits(plain[site.selection], truth.values[site.place]):
-                self._row.error = f"a plain request for {site.selection} has other bits"
+                again = self._truth([site], {}, size).values[site.place]
+                draws = not same_bits(again, truth.values[site.place])
+                self._row.error = (
+                    "it draws random numbers, so no two passes are equal"
+                    if draws
+                    else f"a plain request for {site.selection} has other bits"
+                )
                 return
+        sites = [site.of(truth.values[site.place], size) for site in sites]
         able = self._able(model, sites, read, size)
         moved = self._moved(able, read, truth, size)
         steady = [site for site in able if site not in moved]

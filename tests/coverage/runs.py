@@ -73,16 +73,22 @@ class Command(Generic[R]):
         """
         options = self._options()
         rows = self._kept(options.rows)
-        done = {(row.group, row.model) for row in rows}
+        # What failed or was wrong is tried again; until then its row stays, so that it is seen.
+        done = {(row.group, row.model) for row in rows if not row.error and not row.wrong}
         subjects = {
             group: make() for group, make in self.groups.items() if options.group in (None, group)
         }
         totals = {group: len(found) for group, found in subjects.items()}
         for subject in [each for found in subjects.values() for each in found]:
-            named = not options.models or subject.name in options.models
-            if not named or (subject.group, subject.name) in done:
+            wanted = (
+                subject.name in options.models
+                if options.models
+                else (subject.group, subject.name) not in done
+            )
+            if not wanted:
                 continue
             row = self._apart(subject, options.device)
+            rows = [each for each in rows if (each.group, each.model) != (row.group, row.model)]
             rows.append(row)
             print(self.words(row), flush=True)
             # Each time, so that a run that is cut keeps what it has.
@@ -95,7 +101,7 @@ class Command(Generic[R]):
 
     def _options(self) -> argparse.Namespace:
         parser = argparse.ArgumentParser(description=self.about)
-        parser.add_argument("models", nargs="*", help="names of models; all of the groups if none")
+        parser.add_argument("models", nargs="*", help="models to prove again; all new ones if none")
         parser.add_argument("--group", choices=list(self.groups), help="only models of this group")
         parser.add_argument("--device", default="cpu", help="what the models run on, such as cuda")
         parser.add_argument("--rows", type=Path, help="a JSON file; models in it are left out")
@@ -103,17 +109,16 @@ class Command(Generic[R]):
         return parser.parse_args()
 
     def _kept(self, file: Path | None) -> list[R]:
-        """Return the rows of earlier runs; wrong and not compared models are tried again."""
+        """Return the rows of earlier runs."""
         if file is None or not file.exists():
             return []
-        rows = [self.row(**each) for each in json.loads(file.read_text("utf-8"))]
-        return [row for row in rows if not row.error and not row.wrong]
+        return [self.row(**each) for each in json.loads(file.read_text("utf-8"))]
 
     def _keep(self, rows: Sequence[R], file: Path | None) -> None:
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
             given: list[Any] = list(rows)
-            file.write_text(json.dumps([asdict(each) for each in given]), "utf-8")
+            file.write_text(json.dumps([asdict(each) for each in given], indent=0) + "\n", "utf-8")
 
     def _write(self, rows: Sequence[R], totals: Mapping[str, int], page: Path | None) -> None:
         if page is not None:
