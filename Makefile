@@ -10,7 +10,7 @@ fuzz: SECONDS ?= 60
 mutants: COUNT ?= 40
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-clients test-models test-gradients test-beside test-s3 test-zoo test-packages soak chaos storm fuzz mutants bench bench-cuda bench-dataset bench-sentences perf-analyzer check check-deploy fmt gen clean
+.PHONY: help setup demo serve test test-clients test-models test-gradients test-beside test-s3 test-interventions test-beside-interventions test-zoo test-packages soak chaos storm fuzz mutants bench bench-cuda bench-dataset bench-sentences perf-analyzer check check-deploy fmt gen clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -35,7 +35,7 @@ test-models: setup ## every layer of every model by every extractor; writes docs
 	$(BIN)/python -W ignore tests/coverage/prove.py --write docs/coverage.md $(ARGS)
 
 test-gradients: .venv/.built ## the gradient of every layer of every model; writes docs/coverage.md: hours
-	$(BIN)/python -W ignore tests/coverage/prove_gradients.py --rows build/gradients.json \
+	$(BIN)/python -W ignore tests/coverage/prove_gradients.py --rows tests/coverage/rows/gradients.json \
 	  --write docs/coverage.md $(ARGS)
 
 test-beside: .venv/.built build/beside/.installed ## gradients beside captum and pytorch-grad-cam; writes docs/coverage.md
@@ -44,6 +44,14 @@ test-beside: .venv/.built build/beside/.installed ## gradients beside captum and
 
 test-s3: .venv/.built build/s3/.installed ## data sets in S3, with a server of it; kill -9 and go on: a minute
 	PYTHONPATH=server build/s3/bin/python -m pytest -q -s tests/dataset/check_s3.py $(ARGS)
+
+test-interventions: .venv/.built ## interventions at layers of every model; writes docs/coverage.md: an hour
+	$(BIN)/python -W ignore tests/coverage/prove_interventions.py --rows tests/coverage/rows/interventions.json \
+	  --write docs/coverage.md $(ARGS)
+
+test-beside-interventions: .venv/.built build/interpretability/.installed ## interventions beside TransformerLens and pyvene; writes docs/coverage.md
+	PYTHONPATH=server build/interpretability/bin/python -W ignore \
+	  tests/coverage/beside_interventions.py --write docs/coverage.md $(ARGS)
 
 test-zoo: setup ## every layer of every awkward model, in every way; writes docs/coverage.md
 	$(BIN)/python -W ignore tests/zoo/prove_zoo.py --write docs/coverage.md $(ARGS)
@@ -200,4 +208,12 @@ build/beside/.installed: tools/attribution-requirements.txt .venv/.installed
 	$(BIN)/python -c 'import site; print("\n".join(site.getsitepackages()))' \
 	  > $$(echo build/beside/lib/python3*/site-packages)/main-environment.pth
 	build/beside/bin/pip install --quiet -c constraints.txt -r $<
+	touch $@
+
+# As the one above.
+build/interpretability/.installed: tools/interpretability-requirements.txt .venv/.installed
+	test -x build/interpretability/bin/python || $(BIN)/python -m venv build/interpretability
+	$(BIN)/python -c 'import site; print("\n".join(site.getsitepackages()))' \
+	  > $$(echo build/interpretability/lib/python3*/site-packages)/main-environment.pth
+	build/interpretability/bin/pip install --quiet -c constraints.txt -r $<
 	touch $@

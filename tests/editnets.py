@@ -96,3 +96,29 @@ class Hidden(nn.Module):
 def hidden() -> nn.Module:
     """Return a seeded Hidden."""
     return seeded(Hidden)
+
+
+class MaybeWhole(nn.Module):
+    """Weights its scores by whole numbers if it is given any, else by ones in floating point."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 5)
+        self.weights = nn.Identity()
+
+    def forward(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+        scores = self.fc(x.mean((2, 3)))
+        if weights is None:
+            weights = torch.ones_like(scores)
+        return scores * self.weights(weights)
+
+
+def maybe_whole() -> nn.Module:
+    """Return a seeded MaybeWhole."""
+    return seeded(MaybeWhole)
+
+
+maybe_whole.inputs = {  # type: ignore[attr-defined]
+    "x": "float32 [3, 8, 8]",
+    "weights": "int64 [5], ids=3, optional",
+}

@@ -9,12 +9,14 @@ __all__ = ["write_section"]
 
 PAGE = """# Coverage
 
-Is every value that layertap sends the value that the module returned? Five commands ask that of
-many models, each against a reference that shares no code with layertap, and write what they found
-into this page.
+Is every value that layertap sends the value that the module returned, and is every gradient and
+every intervention right? Several commands ask that of many models, each against a reference that
+shares no code with layertap, and write what they found into this page.
 """
 
-SECTIONS = ("models", "zoo", "packages", "gradients", "beside")
+SECTIONS = (
+    "models", "zoo", "packages", "gradients", "beside", "interventions", "beside_interventions",
+)  # fmt: skip
 
 
 def write_section(file: Path, name: str, text: str) -> None:

@@ -8,7 +8,7 @@ import prove_gradients
 import pytest
 import torch
 from gradient_subjects import GradientSubject
-from gradient_truths import Truth, gradients
+from gradient_truths import Place, Truth, gradients
 from prove_gradients import Row, prove, section
 
 import gradnets
@@ -67,6 +67,20 @@ def test_the_proof_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len([line for line in row.wrong if "float64" in line]) > 10
     assert len([line for line in row.wrong if "by differences" in line]) == prove_gradients.SAMPLES
     assert section([row]).splitlines()[-1].endswith(f"| {len(row.wrong)} |")
+
+
+def test_only_float32_is_given_an_allowance() -> None:
+    """A tiny gradient may be off by rounding of the largest in float32, and not in float64."""
+    tiny = torch.full((2,), 1e-30)
+    for dtype, name in ((torch.float64, "float64"), (torch.float32, "float32")):
+        row = Row("planted", "torchvision")
+        proof = prove_gradients._Proof(subject(), dtype, row, "cpu")
+        value = prove_gradients.Value(
+            Place("relu", "output", 0, ()), "relu:gradient", 8, batched=True
+        )
+        proof._judge(value, (tiny * 2).to(dtype), tiny.to(dtype), largest=1.0)
+        assert row.right[name] == row.rounded[name] == (1 if dtype is torch.float32 else 0)
+        assert len(row.wrong) == (0 if dtype is torch.float32 else 1)
 
 
 def test_a_model_that_was_not_compared_is_shown() -> None:

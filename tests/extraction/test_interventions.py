@@ -696,6 +696,17 @@ def test_sets_can_patch_between_items(load: Callable[[str], LocalModel]) -> None
         assert torch.equal(together[3 * number : 3 * number + 3], alone)
 
 
+def test_a_value_of_whole_numbers_is_refused_when_it_comes() -> None:
+    """A layer whose dtype depends on the input is changed in floating point, and refused else."""
+    x, weights = torch.randn(2, *gradnets.IMAGE), torch.tensor([[1, 2, 0, 1, 2], [2, 2, 1, 1, 0]])
+    with layertap.load("editnets:maybe_whole", device="cpu") as model:
+        found = model.extract({"x": x}, "output", interventions="weights:scale=0.5")
+        assert found["interventions.calls"].tolist() == [1]
+        for change in ("weights:scale=0.5", "weights:channel=1:zero", "weights:item=0:patch=1"):
+            with pytest.raises(errors.InvalidInputError, match="is int64 on this input"):
+                model.extract({"x": x, "weights": weights}, "output", interventions=change)
+
+
 def test_a_layer_that_did_not_run_is_an_error() -> None:
     """An intervention on a module that runs for other input only is no silent success."""
     with layertap.load("tinynets:branching", item_shape=(3, 8, 8), device="cpu") as model:

@@ -289,7 +289,17 @@ class _Change:
         self.given = GivenCalls()
 
     def __call__(self, value: torch.Tensor) -> torch.Tensor:
-        """Return the changed value."""
+        """Return the changed value.
+
+        Raises:
+            InvalidInputError: If it holds no floating-point numbers on this input.
+        """
+        if not value.is_floating_point():
+            dtype = str(value.dtype).removeprefix("torch.")
+            raise InvalidInputError(
+                f"interventions: the value of layer {self._site.point.path!r} is {dtype} on this "
+                f"input, and only floating-point values can be changed"
+            )
         items = self._items(value)
         for index in self._site.interventions:
             self._apply(index, value, items)
