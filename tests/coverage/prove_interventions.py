@@ -715,10 +715,10 @@ calls, members of containers, inputs of modules), five interventions that change
 requested: scaled by 1, zero added, replaced by its own value, patched from the same item, and
 clamped to everything. Every value of every reply has the bits of a plain request, or, at {moved} of
 the values, those that plain PyTorch has with a copy there, as `nn.MultiheadAttention` computes in
-another way unless its query and its key are one tensor. Then each of
-{kinds} was requested at each of the sites, and every value of the reply, and what it tells about
-calls, elements, changed elements and norms, was held against forward hooks of plain PyTorch on a
-fresh module, bit for bit. Random weights, small inputs, two items. `make test-interventions` writes
+another way unless its query and its key are one tensor. Then each of {kinds}
+was requested at each of these values, and every value of the reply, and what it tells about calls,
+elements, changed elements and norms, was held against forward hooks of plain PyTorch on a fresh
+module, bit for bit. Random weights, small inputs, two items. `make test-interventions` writes
 this section.
 
 {groups}: {identical} of {sites} values had the bits of a plain request; {right} operations right,
