@@ -140,3 +140,12 @@ def test_one_cpu_needs_no_helper() -> None:
     decoders.each(lambda _index: names.add(threading.current_thread().name), 5, Call())
     decoders.close()
     assert names == {threading.current_thread().name}
+
+
+def test_a_request_outlives_the_helpers(two: Decoders) -> None:
+    """A request that is decoded while the engine closes goes on in its own thread."""
+    two.each(lambda _index: None, 5, Call())
+    two.close()
+    names: list[str] = []
+    two.each(lambda _index: names.append(threading.current_thread().name), 5, Call())
+    assert names == [threading.current_thread().name] * 5

@@ -35,6 +35,7 @@ class Decoders:
         self._helpers = WorkerThreads(min(cpus - 1, MOST_HELPERS) or 1, "layertap-decode")
         self._wanted = min(cpus - 1, MOST_HELPERS)
         self._lock = threading.Lock()
+        self._closed = False
 
     @contextmanager
     def permit(self, call: Call) -> Iterator[None]:
@@ -69,19 +70,24 @@ class Decoders:
         tasks.raise_error()
 
     def close(self) -> None:
-        """End the helpers."""
-        self._helpers.shutdown(wait=False)
+        """End the helpers; requests that are still being decoded go on without them."""
+        with self._lock:
+            self._closed = True
+            self._helpers.shutdown(wait=False)
 
     def _help(self, tasks: _Tasks, count: int) -> list[Future[None]]:
         """Let up to ``count`` helpers work on tasks, as many as there are CPUs without work."""
         helping: list[Future[None]] = []
-        self._start(min(count, self._wanted))
-        while len(helping) < count and self._permits.acquire(blocking=False):
-            helper = self._helpers.submit_if_free(lambda: self._work(tasks))
-            if helper is None:
-                self._permits.release()
-                break
-            helping.append(helper)
+        with self._lock:
+            if self._closed:
+                return helping
+            self._start(min(count, self._wanted))
+            while len(helping) < count and self._permits.acquire(blocking=False):
+                helper = self._helpers.submit_if_free(lambda: self._work(tasks))
+                if helper is None:
+                    self._permits.release()
+                    break
+                helping.append(helper)
         return helping
 
     def _work(self, tasks: _Tasks) -> None:
@@ -92,9 +98,8 @@ class Decoders:
 
     def _start(self, count: int) -> None:
         """Start helpers when they are first needed; without them the request works alone."""
-        with self._lock:
-            while self._helpers.count < count and self._helpers.start_one():
-                pass
+        while self._helpers.count < count and self._helpers.start_one():
+            pass
 
 
 class _Tasks:
