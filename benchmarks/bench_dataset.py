@@ -80,8 +80,12 @@ def module() -> Any:
         net = torchvision.models.resnet50(weights=None).eval()
         for norm in net.modules():
             if isinstance(norm, torch.nn.BatchNorm2d):
-                norm.running_mean.uniform_(-0.1, 0.1)
-                norm.running_var.uniform_(0.8, 1.2)
+                for running, least, most in (
+                    (norm.running_mean, -0.1, 0.1),
+                    (norm.running_var, 0.8, 1.2),
+                ):
+                    assert running is not None
+                    running.uniform_(least, most)
     return net
 
 

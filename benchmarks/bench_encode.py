@@ -56,7 +56,8 @@ def torchs(value: torch.Tensor, dtype: str) -> bytes:
     """Encode step by step: cast, contiguous, tobytes, protobuf."""
     cast = value.to(getattr(torch, dtype)).contiguous()
     raw = cast.view(torch.uint8).numpy().tobytes()
-    tensor = tensor_pb2.Tensor(name="layer1", dtype=by_name(dtype).number, shape=SHAPE, data=raw)
+    number: Any = by_name(dtype).number  # The stubs know only the enum and its names.
+    tensor = tensor_pb2.Tensor(name="layer1", dtype=number, shape=SHAPE, data=raw)
     message: bytes = tensor.SerializeToString()
     return message
 

@@ -252,8 +252,8 @@ def large_replies(address: str, loop: Loop, rounds: int) -> dict[str, Any]:
             }
             ways |= _copies(value, loop)
             times: dict[str, list[float]] = {way: [] for way in ways}
-            for way in ways.values():
-                common.timed(way, 3)
+            for call in ways.values():
+                common.timed(call, 3)
             for _ in range(rounds):
                 for way, call in ways.items():
                     times[way] += common.timed(call, 3)

@@ -72,7 +72,8 @@ def items(count: int) -> np.ndarray:
 def median_ms(call: Callable[[], object], seconds: float) -> float:
     """Return the median time of a call that is repeated for some seconds, at least three times."""
     call()
-    times, end = [], time.perf_counter() + seconds
+    times: list[float] = []
+    end = time.perf_counter() + seconds
     while len(times) < 3 or time.perf_counter() < end:
         times += common.timed(call, 1)
     return statistics.median(times)

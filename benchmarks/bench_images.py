@@ -31,6 +31,7 @@ from layertap import Client, LayerSelection
 from layertap.call import Call
 from layertap.engine.decoders import Decoders
 from layertap.models import ImageBatch, Preprocess
+from layertap.selection import Reduction
 
 PHOTO = Path(__file__).resolve().parent.parent / "examples" / "images" / "grace_hopper.jpg"
 NET, LAYER = "resnet18", "conv1"
@@ -146,7 +147,7 @@ def calls(client: Client, data: bytes) -> dict[str, Way]:
     tensor, photographs = x[None].numpy(), [data] * BATCH
 
     # The reply is a few numbers, so that the photographs are what a call costs.
-    pooled = LayerSelection(LAYER, reduction="global_average_pool")
+    pooled = LayerSelection(LAYER, reduction=Reduction.GLOBAL_AVERAGE_POOL)
 
     def ask(given: Any) -> np.ndarray:
         return client.extract(NET, given, [pooled], extractor="torchscript")[LAYER]

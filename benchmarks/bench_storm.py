@@ -67,15 +67,15 @@ def prepare(address: str, model: str, layer: str, folder: Path) -> list[str]:
         expected = client.extract(model, photo, layer, extractor="hook")[layer]
     assert np.abs(value - expected).max() <= 1e-4 * np.abs(expected).max(), "not the model's values"
     fields, inputs = request_fields(model, photo, layer, EXTRACTOR)
-    request, expected = folder / "request", folder / "expected"
+    request, answer = folder / "request", folder / "expected"
     request.write_bytes(encode_request(feature_service_pb2.ExtractRequest(**fields), inputs))
-    expected.write_bytes(value.tobytes())
-    return ["-request", str(request), "-expect", str(expected)]
+    answer.write_bytes(value.tobytes())
+    return ["-request", str(request), "-expect", str(answer)]
 
 
 def storm(generator: Path, address: str, callers: int, seconds: float, *more: str) -> Any:
     """Return what the generator saw."""
-    command = [generator, "-target", address, "-callers", str(callers), *more]
+    command = [str(generator), "-target", address, "-callers", str(callers), *more]
     command += ["-measured", f"{seconds}s", "-warm", f"{min(3.0, seconds / 2)}s"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(done.stdout)

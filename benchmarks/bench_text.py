@@ -28,6 +28,7 @@ import numpy as np
 import common
 import report
 from layertap import Client, Features, LayerSelection, keep_memory
+from layertap.selection import Reduction
 
 TOKENS = 512
 ALL = "all layers"
@@ -66,7 +67,8 @@ class Passes:
     def save(self, case: str, file: Path) -> np.ndarray:
         """Return what a pass gives: ``[layers, TOKENS, 768]``, or ``[768]`` of the last token."""
         self._ask(case=case, file=str(file))
-        return np.load(file)  # type: ignore[no-any-return]
+        loaded: np.ndarray = np.load(file)
+        return loaded
 
     def times(self, case: str, calls: int) -> list[float]:
         """Return the milliseconds of each of some passes."""
@@ -168,7 +170,7 @@ class Asker:
         self._layers = (
             [f"encoder.layer.{index}" for index in range(LAYERS)]
             if case == ALL
-            else [LayerSelection(f"encoder.layer.{ONE}", reduction="last_token")]
+            else [LayerSelection(f"encoder.layer.{ONE}", reduction=Reduction.LAST_TOKEN)]
         )
 
     def ask(self, extractor: str) -> Features:

@@ -47,7 +47,7 @@ class End:
         assert self._process.stdout is not None
         line = self._process.stdout.readline().rstrip("\n")
         if not line:
-            raise SystemExit(f"ended too early: {self._process.args}")
+            raise SystemExit(f"ended too early: {self._process.args!r}")
         return line
 
     def ask(self, size: str, calls: int) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,7 +74,8 @@ class Ways:
             except ExtractorUnsupportedError as refusal:
                 self.refused[extractor.name] = str(refusal)
                 continue
-            way = ways[extractor.name] = lambda plan=plan: _cloned(plan.built, wanted, x)
+            way: Way = partial(_cloned, plan.built, wanted, x)
+            ways[extractor.name] = way
             _check(extractor, way(), truth)
             if extractor is Extractor.HOOK:
                 for name, message in self._messages(plan, wanted, x).items():
@@ -175,7 +177,7 @@ def _message(plan: Plan, wanted: Resolved, x: Batch, staging: Staging | None = N
 def _sent(message: Way, wanted: Resolved) -> list[torch.Tensor]:
     """Return what is in a message, in the order of the points."""
     sent = zip(wanted.outputs, Features(message()).torch().values(), strict=True)
-    of_points = {output.point: value for output, value in sent}
+    of_points = {output.members[0].point: value for output, value in sent}
     return [of_points[index] for index in range(len(wanted.points))]
 
 

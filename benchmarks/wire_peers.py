@@ -250,11 +250,12 @@ def socket_call(target: str, unix: bool, fresh: bool) -> Call:
 
 def memcpy_call() -> Call:
     """Return a copy into a buffer that is there already."""
-    arrays, buffers = Arrays(), {}
+    arrays = Arrays()
+    buffers: dict[str, np.ndarray] = {}
 
     def call(size: str) -> np.ndarray:
         array = arrays[size]
-        buffer = buffers.setdefault(size, None)
+        buffer = buffers.get(size)
         if buffer is None:
             buffer = buffers[size] = np.empty_like(array)
         np.copyto(buffer, array)
