@@ -18,7 +18,7 @@ from layertap.errors import LayertapError
 __all__ = ["main"]
 
 
-_SERVER_PARTS = ("PIL", "prometheus_client", "safetensors", "torch", "torchvision")
+_SERVER_PARTS = ("PIL", "prometheus_client", "safetensors", "simplejpeg", "torch", "torchvision")
 """Modules of the extra ``server``; without that extra, the package is only a client."""
 
 
