@@ -27,6 +27,8 @@ _SERVER = """
 import gc, json, os, runpy, select, socket, sys
 import torchvision
 import layertap.app.lifecycle, layertap.cli.main, layertap.cli.serve, layertap.engine
+import layertap.models.compiler_import
+layertap.models.compiler_import.import_compiler()  # Two seconds that each fork would take.
 control = socket.socket(fileno=0)
 gc.collect()
 gc.freeze()  # What is imported stays shared with the forks: their collectors don't touch it.

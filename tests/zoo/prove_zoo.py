@@ -32,6 +32,7 @@ from page import write_section
 
 from layertap.extraction import apart
 from layertap.extraction.tf32 import allow_tf32
+from layertap.models.compiler_import import import_compiler
 from zoo import every_specimen
 from zoo.drive import FULL, SHORT, Grid, Report, drive
 from zoo.specimen import Specimen
@@ -103,6 +104,7 @@ def rows(
         limit: Seconds after which a specimen counts as hung.
         device: What the models run on.
     """
+    import_compiler()  # Two seconds that each fork would take.
     fork = multiprocessing.get_context("fork")
     waiting = list(specimens)
     running: dict[Connection, tuple[Specimen, multiprocessing.Process, float]] = {}
