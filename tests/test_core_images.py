@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from types import ModuleType
 from typing import Any
 
@@ -11,20 +12,11 @@ import pytest
 from PIL import Image
 
 from layertap import _core, _pure
-from layertap.models.exact_images import FILTERS, Pixels, _is_vertical_first
+from layertap.models.exact_images import FILTERS, Pixels, _is_vertical_first, pixels_of
 
 cores = pytest.mark.parametrize("core", [_core, _pure], ids=["core", "pure"])
 CASES = {_core: 400, _pure: 60}
 IDENTITY = np.tile(np.arange(256, dtype=np.float32), (4, 1))
-
-
-def pixels_of(image: Image.Image) -> Pixels:
-    """The bytes of an image as ``image_values`` takes them."""
-    if image.mode == "L":
-        return np.asarray(image)[..., None].copy()
-    return np.frombuffer(image.tobytes("raw", "RGBX"), np.uint8).reshape(
-        image.height, image.width, 4
-    )
 
 
 def converted(core: ModuleType, pixels: Pixels, **changes: Any) -> np.ndarray:
@@ -187,23 +179,23 @@ def test_a_read_only_target_is_refused(core: ModuleType) -> None:
 
 
 def test_the_gil_is_released() -> None:
-    """Another thread goes on while a large image is resized."""
-    ticks, leave = [0], threading.Event()
+    """Another thread runs in the middle of the time in which a large image is resized."""
+    seen: list[float] = []
+    leave = threading.Event()
 
-    def count() -> None:
-        while not leave.is_set():
-            ticks[0] += 1
+    def watch() -> None:
+        while not leave.wait(0.001):
+            seen.append(time.perf_counter())
 
     pixels = np.zeros((4000, 4000, 4), np.uint8)
-    thread = threading.Thread(target=count)
+    thread = threading.Thread(target=watch)
     thread.start()
     try:
-        before = ticks[0]
+        begun = time.perf_counter()
         converted(_core, pixels, size=(2000, 2000), interpolation="lanczos")
-        after = ticks[0]
+        ended = time.perf_counter()
     finally:
         leave.set()
         thread.join()
-    # Under the GIL it could count for one switch interval of 5 ms at most, in which it counts to
-    # some ten thousand; the resize takes a hundred times as long.
-    assert after - before > 100_000
+    third = (ended - begun) / 3
+    assert any(begun + third < moment < ended - third for moment in seen)

@@ -1,7 +1,7 @@
 """What interventions must do, by hand in plain PyTorch: the reference of ``prove_interventions``.
 
 Values are changed by forward hooks on a fresh module that layertap has never seen
-(``gradient_truths.changed``). Which dimension of a value is which is given by whoever writes a
+(``gradient_truths.changed``). Which dimension of a value is which is given by the author of a
 case, not read from layertap's catalogue.
 """
 

@@ -465,8 +465,8 @@ inputs. The objective is a random vector times the model's result, or the sum of
 results. Each gradient is held against that of a fresh module without in-place modules, where a zero
 was added to the value at the moment at which the module returned it: float64 to 1e-6 and float32 to
 1e-4 of the gradient's own largest magnitude. A float32 gradient that is tiny beside the model's
-largest one may be off by {units} units of rounding of that: {rounded} gradients needed this. In
-float64, on a CPU, no gradient is given such an allowance{loose}. The reference
+largest one may be off by {units} units of rounding of that{rounded}. In float64, on a CPU, no
+gradient is given such an allowance{loose}. The reference
 itself was compared with central differences of the unchanged module, which need no autograd, at
 {checked} values. Random weights, small inputs, two items. `make test-gradients` writes this
 section.
@@ -488,6 +488,9 @@ def section(rows: Sequence[Row], totals: Mapping[str, int] = MappingProxyType({}
         totals: How many models each group has, where some may be missing.
     """
     loose = sum(not row.strict and not row.error for row in rows)
+    # Older rows did not count them.
+    strict = sum(row.strict and not row.error for row in rows)
+    rounded = sum(row.rounded.get("float32", 0) for row in rows if row.strict)
     head = HEADER.format(
         groups=" and ".join(
             f"{sum(row.group == group and not row.error for row in rows)} {noun}"
@@ -499,8 +502,10 @@ def section(rows: Sequence[Row], totals: Mapping[str, int] = MappingProxyType({}
         right32=f"{sum(row.right.get('float32', 0) for row in rows):,}",
         wrong=sum(len(row.wrong) for row in rows),
         units=ROUNDING,
-        loose=f" ({loose} rows below are from before that, or from a GPU)" if loose else "",
-        rounded=f"{sum(row.rounded.get('float32', 0) for row in rows):,}",
+        loose=f"; {loose} rows are older, or from a GPU, and had it in float64 too"
+        if loose
+        else "",
+        rounded=f", as {rounded:,} gradients of {strict} rows are" if strict else "",
         refused=f"{sum(sum(row.refused.values()) for row in rows):,}",
         checked=f"{sum(row.checked for row in rows):,}",
     )

@@ -24,12 +24,6 @@ from layertap.local import LocalModel
 from layertap.selection import Extractor, LayerSelection
 
 
-@pytest.fixture(scope="module")
-def model() -> Iterator[LocalModel]:
-    with load("tinynets:residual", item_shape=[3, 16, 16], threads=1) as model:
-        yield model
-
-
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     """Ten images, of which the fourth is broken."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -16,7 +16,6 @@ import pytest
 import zarr
 from safetensors import safe_open
 
-from layertap import load
 from layertap.dataset import extract
 from layertap.dataset.writers import FORMATS, format_of
 from layertap.errors import ConfigError, InvalidInputError
@@ -90,12 +89,6 @@ READERS: dict[str, Callable[[Path], Read]] = {
     "zarr": read_zarr,
     "hdf5": read_hdf5,
 }
-
-
-@pytest.fixture(scope="module")
-def model() -> Iterator[LocalModel]:
-    with load("tinynets:residual", item_shape=[3, 16, 16], threads=1) as model:
-        yield model
 
 
 @pytest.fixture(scope="module")

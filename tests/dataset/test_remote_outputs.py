@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import random
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -86,12 +85,6 @@ def store(monkeypatch: pytest.MonkeyPatch) -> None:
     """A store without pauses between tries."""
     fsspec.register_implementation("oss", FolderStore, clobber=True)
     monkeypatch.setattr(remote_workplace, "_PAUSE", 0.01)
-
-
-@pytest.fixture(scope="module")
-def model() -> Iterator[LocalModel]:
-    with load("tinynets:residual", item_shape=[3, 16, 16], threads=1) as model:
-        yield model
 
 
 @pytest.fixture(scope="module")

@@ -32,12 +32,6 @@ FORKING.set_forkserver_preload(["layertap.local", "layertap.dataset"])
 
 
 @pytest.fixture(scope="module")
-def model() -> Iterator[LocalModel]:
-    with load("tinynets:residual", item_shape=[3, 16, 16], threads=1) as model:
-        yield model
-
-
-@pytest.fixture(scope="module")
 def items(tmp_path_factory: pytest.TempPathFactory) -> str:
     """An .npy file of random items."""
     path = tmp_path_factory.mktemp("items") / "items.npy"

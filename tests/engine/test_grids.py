@@ -238,7 +238,7 @@ def test_a_pass_that_runs_again_replaces_what_it_left() -> None:
     assert making.take(0, 0, values[0]) is None  # This pass fails here.
     assert making.take(0, 0, values[1]) is None
     assert torch.equal(making.take(0, 1, values[2]), torch.tensor([[1.0, 2.0]]))
-    assert making.take(0, 1, values[3]) is None  # A complete tensor is begun anew.
+    assert making.take(0, 1, values[3]) is None  # A complete tensor is started again.
     assert torch.equal(making.take(0, 0, values[0]), torch.tensor([[0.0, 3.0]]))
 
 

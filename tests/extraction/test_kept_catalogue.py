@@ -176,18 +176,18 @@ def test_what_cannot_be_compared_is_measured_at_each_start(load, tmp_path, sourc
         lambda data: b"[" * 100_000,
     ],
 )
-def test_a_damaged_file_is_made_anew(load, tmp_path, damage) -> None:
+def test_a_damaged_file_is_replaced(load, tmp_path, damage) -> None:
     """Empty, truncated, changed and foreign files: the log says so, and the next start has one."""
     measured = load(tmp_path)
     file = catalogue_file(tmp_path)
     file.write_bytes(damage(file.read_bytes()))
-    anew = load(tmp_path)
-    assert "is measured anew: its kept catalogue is damaged" in anew.log
-    assert facts(anew.host) == facts(measured.host)
+    fresh = load(tmp_path)
+    assert "is measured again: its kept catalogue is damaged" in fresh.log
+    assert facts(fresh.host) == facts(measured.host)
     assert was_kept(load(tmp_path))
 
 
-def test_a_forged_file_of_the_right_checksum_is_made_anew(load, tmp_path) -> None:
+def test_a_forged_file_of_the_right_checksum_is_replaced(load, tmp_path) -> None:
     """A record that is no catalogue is refused when it is read, whatever its checksum says."""
     load(tmp_path)
     file = catalogue_file(tmp_path)
@@ -206,7 +206,7 @@ FACTS = (
 
 @pytest.mark.parametrize("name", FACTS)
 def test_every_fact_counts(load, tmp_path, monkeypatch, name) -> None:
-    """If any fact differs, the model is measured anew, and the log names the fact."""
+    """If any fact differs, the model is measured again, and the log names the fact."""
     load(tmp_path)
     whole = kept_module.facts_of
 
@@ -216,9 +216,9 @@ def test_every_fact_counts(load, tmp_path, monkeypatch, name) -> None:
         return {**known, name: "another"}
 
     monkeypatch.setattr(kept_module, "facts_of", other)
-    anew = load(tmp_path)
-    assert f"is for others of these: {name}" in anew.log
-    assert not was_kept(anew)
+    fresh = load(tmp_path)
+    assert f"is for others of these: {name}" in fresh.log
+    assert not was_kept(fresh)
 
 
 def test_facts_follow_the_machine_and_its_settings(load, tmp_path, monkeypatch) -> None:
@@ -286,7 +286,7 @@ def forget() -> None:
         ("helper_of_net.py", "x + 1.0", "x + 1.0  # the same, but who knows"),
     ],
 )
-def test_changed_source_is_measured_anew(load, tmp_path, sources, change) -> None:
+def test_changed_source_is_measured_again(load, tmp_path, sources, change) -> None:
     """A change of the class, a global, an attribute or a file that it imports is seen."""
     cache, (file, before, after) = tmp_path / "cache", change
     load(cache, "net_of_test:build", ITEM)
@@ -295,13 +295,13 @@ def test_changed_source_is_measured_anew(load, tmp_path, sources, change) -> Non
     path = sources / file
     path.write_text(path.read_text().replace(before, after))
     forget()
-    anew = load(cache, "net_of_test:build", ITEM)
-    assert "others of these: code" in anew.log
-    assert not was_kept(anew)
+    fresh = load(cache, "net_of_test:build", ITEM)
+    assert "others of these: code" in fresh.log
+    assert not was_kept(fresh)
 
 
 def test_a_pass_shows_what_no_digest_shows(load, tmp_path, sources, monkeypatch) -> None:
-    """If a file that the code reads has changed, the pass differs, and it is measured anew."""
+    """If a file that the code reads has changed, the pass differs, and it is measured again."""
     data = sources / "scale.txt"
     data.write_text("1.0")
     (sources / "helper_of_net.py").write_text(
@@ -314,8 +314,8 @@ def test_a_pass_shows_what_no_digest_shows(load, tmp_path, sources, monkeypatch)
     assert was_kept(load(cache, "net_of_test:build", ITEM))
     data.write_text("3.0")
     forget()
-    anew = load(cache, "net_of_test:build", ITEM)
-    assert "does not fit it: 'the model' returns another value" in anew.log
+    fresh = load(cache, "net_of_test:build", ITEM)
+    assert "does not fit it: 'the model' returns another value" in fresh.log
 
 
 def test_other_weights_have_a_catalogue_of_their_own(load, tmp_path, monkeypatch) -> None:
@@ -376,10 +376,10 @@ def test_a_kept_proof_needs_the_same_program(load, tmp_path, caplog) -> None:
     (plan,) = again.host._declared_plans.values()
     assert plan.refusal(1) == plan.refusal(2) == plan.refusal(3) == ""
     proof.write_text(proof.read_text().replace('"program": "', '"program": "0'))
-    anew = load(tmp_path, "tinynets:chain", ITEM, "layer1")
-    assert "is for something else" in anew.log
+    fresh = load(tmp_path, "tinynets:chain", ITEM, "layer1")
+    assert "is for something else" in fresh.log
     x = torch.rand(2, *ITEM)
-    one, other = (ask(each.engine, "net", "layer1", x)["layer1"] for each in (again, anew))
+    one, other = (ask(each.engine, "net", "layer1", x)["layer1"] for each in (again, fresh))
     assert (one == other).all()
     assert program.exists()
 

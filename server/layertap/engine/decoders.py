@@ -20,7 +20,7 @@ from layertap.threads import WorkerThreads
 __all__ = ["Decoders"]
 
 MOST_HELPERS = 15
-"""Images of one size take turns to finish; more threads than this gain little."""
+"""Helpers at most: a request seldom has more images than this, and each thread takes memory."""
 
 
 class Decoders:
@@ -32,8 +32,9 @@ class Decoders:
 
     def __init__(self, cpus: int) -> None:
         self._permits = threading.Semaphore(cpus)
-        self._helpers = WorkerThreads(min(cpus - 1, MOST_HELPERS) or 1, "layertap-decode")
-        self._wanted = min(cpus - 1, MOST_HELPERS)
+        self._most = min(cpus - 1, MOST_HELPERS)
+        # A pool has at least one thread, which with one CPU is never started.
+        self._helpers = WorkerThreads(max(self._most, 1), "layertap-decode")
         self._lock = threading.Lock()
         self._closed = False
 
@@ -81,7 +82,7 @@ class Decoders:
         with self._lock:
             if self._closed:
                 return helping
-            self._start(min(count, self._wanted))
+            self._start(min(count, self._most))
             while len(helping) < count and self._permits.acquire(blocking=False):
                 helper = self._helpers.submit_if_free(lambda: self._work(tasks))
                 if helper is None:

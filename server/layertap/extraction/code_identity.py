@@ -14,8 +14,8 @@ Note [What makes two models the same]
       compared elsewhere (see ``kept_catalogue``).
 
     Not everything can be compared: a TorchScript program, an object of a compiled library, a random
-    generator, a class that was made from a string. Then there is no digest, and whoever asks must
-    do without.
+    generator, a class that was made from a string. Then there is no digest, and the
+    caller gets an error.
 
 The digest is for one version of Python, because byte code is.
 """

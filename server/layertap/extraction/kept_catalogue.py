@@ -232,7 +232,7 @@ class CatalogueFile:
         return False
 
     def _tell(self, what: str) -> None:
-        _log.warning("model %s is measured anew: its kept catalogue %s", self._model.name, what)
+        _log.warning("model %s is measured again: its kept catalogue %s", self._model.name, what)
 
     def _read(self) -> Catalogue:
         facts, record = _unpacked(self._path)

@@ -5,8 +5,8 @@ Note [One row for each object]
     tables, and a number stands where one of them occurs. That makes the file small, and reading it
     fast: each object is made once.
 
-The fields of a dataclass are written in order, without their names. Whoever keeps such records must
-not read those of another version of the code.
+The fields of a dataclass are written in order, without their names. So records of
+another version of the code must not be read.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ Note [An import that is put off]
     torchvision are imported. The function is called only where a detection model runs on a device
     without torchvision's own kernel. So while torchvision is imported, another module has that
     name, with a function that imports the real one when it is called. Any other name that is asked
-    of it is looked up in the real module. Afterwards the name is free again, and whoever imports
-    ``torch._dynamo`` gets the real one.
+    of it is looked up in the real module. Afterwards the name is free again, and a later
+    import of ``torch._dynamo`` gets the real one.
 
     torch imports it as well, in the first pass in which each operation is watched. So whatever
     watches passes imports it before: measuring a model does, and a model whose catalogue is kept
