@@ -6,6 +6,7 @@
 #include <grpcpp/grpcpp.h>
 
 #include <chrono>
+#include <cinttypes>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -13,7 +14,9 @@
 #include <fstream>
 #include <initializer_list>
 #include <iterator>
+#include <map>
 #include <memory>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 
@@ -80,7 +83,39 @@ grpc::Status extract(v1::FeatureService::Stub& features, const v1::ExtractReques
   return features.Extract(&context, request, reply);
 }
 
-// Prints a line for each tensor of the reply.
+// The sum and the first of a tensor's elements.
+std::string summary(const v1::Tensor& tensor) {
+  char text[128];
+  if (tensor.dtype() == v1::DATA_TYPE_INT64) {
+    const Integers values = integers(tensor);
+    const std::int64_t sum = std::accumulate(values.begin(), values.end(), std::int64_t{0});
+    const std::int64_t first = values.size() > 0 ? values.data()[0] : 0;
+    std::snprintf(text, sizeof text, "sum=%" PRId64 " first=%" PRId64, sum, first);
+    return text;
+  }
+  const Floats values = floats(tensor);
+  const double sum = std::accumulate(values.begin(), values.end(), 0.0);
+  const float first = values.size() > 0 ? values.data()[0] : NAN;
+  std::snprintf(text, sizeof text, "sum=%.4f first=%.6f", sum, first);
+  return text;
+}
+
+// Prints a line for each intervention: the calls of modules and the elements that it selected, those
+// whose value changed, and the norm of the selected elements before and after.
+void show_interventions(const std::map<std::string, const v1::Tensor*>& reports) {
+  const Integers calls = integers(*reports.at("interventions.calls"));
+  const Integers selected = integers(*reports.at("interventions.elements"));
+  const Integers changed = integers(*reports.at("interventions.changed"));
+  const Floats norms = floats(*reports.at("interventions.norm"));  // [N, 2]
+  for (std::size_t i = 0; i < calls.size(); ++i) {
+    std::printf("intervention %zu calls=%" PRId64 " elements=%" PRId64 " changed=%" PRId64
+                " norm=%.4f->%.4f\n",
+                i, calls.data()[i], selected.data()[i], changed.data()[i], norms.data()[2 * i],
+                norms.data()[2 * i + 1]);
+  }
+}
+
+// Prints a line for each tensor of the reply, and one for each intervention of the request.
 void show(v1::FeatureService::Stub& features, const char* what, const v1::ExtractRequest& request) {
   grpc::ClientContext context;
   v1::ExtractResponse reply;
@@ -88,13 +123,16 @@ void show(v1::FeatureService::Stub& features, const char* what, const v1::Extrac
   if (!status.ok()) {
     throw std::runtime_error(name_of(status.error_code()) + ": " + status.error_message());
   }
+  std::map<std::string, const v1::Tensor*> reports;
   for (const v1::Tensor& tensor : reply.tensors()) {
-    const Floats values = floats(tensor);
-    double sum = 0;
-    for (float value : values) sum += value;
-    std::printf("%s %s float32 %s sum=%.4f first=%.6f\n", what, tensor.name().c_str(),
-                shape_text(tensor).c_str(), sum, values.size() > 0 ? values.data()[0] : NAN);
+    if (tensor.name().rfind("interventions.", 0) == 0) {
+      reports[tensor.name()] = &tensor;
+      continue;
+    }
+    std::printf("%s %s %s %s %s\n", what, tensor.name().c_str(), name_of(tensor.dtype()).c_str(),
+                shape_text(tensor).c_str(), summary(tensor).c_str());
   }
+  if (!reports.empty()) show_interventions(reports);
 }
 
 // Prints how the server refuses a request: the status says what to do about it, the trailing
@@ -127,6 +165,34 @@ void show_texts(v1::FeatureService::Stub& features, const std::string& model,
   show(features, "text", of_texts);
 }
 
+// What avgpool is given without channels 0 and 1 of layer1, and with those from 32 on halved.
+void show_changed(v1::FeatureService::Stub& features, const std::string& model,
+                  const std::string& image) {
+  v1::ExtractRequest of_changed;
+  of_changed.set_model(model);
+  of_changed.add_images()->add_images(image);
+  v1::LayerSelection* pooled = of_changed.add_layers();
+  pooled->set_layer("avgpool");
+  pooled->set_capture(v1::CAPTURE_INPUT);
+
+  v1::Intervention* zero = of_changed.add_interventions();
+  zero->set_layer("layer1");
+  v1::AxisSelection* first = zero->add_select();
+  first->set_axis(v1::AXIS_CHANNEL);
+  first->add_index(0);
+  first->add_index(1);
+  zero->set_operation(v1::OPERATION_ZERO);
+
+  v1::Intervention* halve = of_changed.add_interventions();
+  halve->set_layer("layer1");
+  v1::AxisSelection* rest = halve->add_select();
+  rest->set_axis(v1::AXIS_CHANNEL);
+  rest->set_begin(32);
+  halve->set_operation(v1::OPERATION_SCALE);
+  halve->set_factor(0.5);
+  show(features, "changed", of_changed);
+}
+
 void run(const std::string& address, const std::string& model, const std::string& photo,
          const std::string& text_model, const std::string& text_layer) {
   const std::string image = read_file(photo);
@@ -147,7 +213,7 @@ void run(const std::string& address, const std::string& model, const std::string
   of_tensor.add_layers()->set_layer("avgpool");
   show(*features, "tensor", of_tensor);
 
-  // Where in the photo layer1 raises the sum of avgpool: a class activation map.
+  // Where in the photo layer1 raises the largest element of avgpool: a class activation map.
   v1::ExtractRequest of_map;
   of_map.set_model(model);
   of_map.add_images()->add_images(image);
@@ -155,10 +221,12 @@ void run(const std::string& address, const std::string& model, const std::string
   where->set_layer("layer1");
   where->set_capture(v1::CAPTURE_GRADIENT);
   where->set_method(v1::METHOD_GRAD_CAM);
-  v1::ObjectiveTerm* total = of_map.add_objective();
-  total->set_layer("avgpool");
-  total->set_measure(v1::MEASURE_SUM);
+  v1::ObjectiveTerm* largest = of_map.add_objective();
+  largest->set_layer("avgpool");
+  largest->set_measure(v1::MEASURE_MAXIMUM);
   show(*features, "map", of_map);
+
+  show_changed(*features, model, image);
 
   if (!text_model.empty()) show_texts(*features, text_model, text_layer);
 

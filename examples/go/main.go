@@ -20,6 +20,7 @@ import (
 	health "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 
 	pb "layertap.example/client/layertap/v1"
 )
@@ -90,14 +91,30 @@ func run(address, model, photo, textModel, textLayer string) error {
 		return err
 	}
 
-	// Where in the photo layer1 raises the sum of avgpool: a class activation map.
+	// Where in the photo layer1 raises the largest element of avgpool: a class activation map.
 	where := &pb.LayerSelection{
 		Layer: "layer1", Capture: pb.Capture_CAPTURE_GRADIENT, Method: pb.Method_METHOD_GRAD_CAM,
 	}
-	total := &pb.ObjectiveTerm{Layer: "avgpool", Measure: pb.Measure_MEASURE_SUM}
+	largest := &pb.ObjectiveTerm{Layer: "avgpool", Measure: pb.Measure_MEASURE_MAXIMUM}
 	if err := show(features, "map", &pb.ExtractRequest{
 		Model: model, Images: images, Layers: []*pb.LayerSelection{where},
-		Objective: []*pb.ObjectiveTerm{total},
+		Objective: []*pb.ObjectiveTerm{largest},
+	}); err != nil {
+		return err
+	}
+
+	// What avgpool is given without channels 0 and 1 of layer1, and with those from 32 on halved.
+	without := &pb.Intervention{
+		Layer: "layer1", Operation: pb.Operation_OPERATION_ZERO,
+		Select: []*pb.AxisSelection{{Axis: pb.Axis_AXIS_CHANNEL, Index: []int64{0, 1}}},
+	}
+	halved := &pb.Intervention{
+		Layer: "layer1", Operation: pb.Operation_OPERATION_SCALE, Factor: proto.Float64(0.5),
+		Select: []*pb.AxisSelection{{Axis: pb.Axis_AXIS_CHANNEL, Begin: proto.Int64(32)}},
+	}
+	if err := show(features, "changed", &pb.ExtractRequest{
+		Model: model, Images: images, Layers: []*pb.LayerSelection{pooled},
+		Interventions: []*pb.Intervention{without, halved},
 	}); err != nil {
 		return err
 	}
@@ -155,7 +172,7 @@ func rampTensor(shape ...int64) (*pb.Tensor, error) {
 	return &pb.Tensor{Dtype: pb.DataType_DATA_TYPE_FLOAT32, Shape: shape, Data: data}, nil
 }
 
-// show prints a line for each tensor of the reply.
+// show prints a line for each tensor of the reply, and one for each intervention of the request.
 func show(features pb.FeatureServiceClient, what string, request *pb.ExtractRequest) error {
 	ctx, cancel := context.WithTimeout(context.Background(), answerWithin)
 	defer cancel()
@@ -163,17 +180,62 @@ func show(features pb.FeatureServiceClient, what string, request *pb.ExtractRequ
 	if err != nil {
 		return err
 	}
+	reports := map[string]*pb.Tensor{}
 	for _, tensor := range reply.Tensors {
-		values, err := floats(tensor)
+		if name, found := strings.CutPrefix(tensor.Name, "interventions."); found {
+			reports[name] = tensor
+			continue
+		}
+		numbers, err := summary(tensor)
 		if err != nil {
 			return err
 		}
-		sum := 0.0
-		for _, value := range values {
-			sum += float64(value)
-		}
 		shape := strings.Trim(strings.ReplaceAll(fmt.Sprint(tensor.Shape), " ", "x"), "[]")
-		fmt.Printf("%s %s float32 %s sum=%.4f first=%.6f\n", what, tensor.Name, shape, sum, values[0])
+		fmt.Printf("%s %s %s %s %s\n", what, tensor.Name, dtypeName(tensor), shape, numbers)
+	}
+	if len(reports) == 0 {
+		return nil
+	}
+	return showInterventions(reports)
+}
+
+// summary returns the sum and the first of a tensor's elements as text.
+func summary(tensor *pb.Tensor) (string, error) {
+	if tensor.Dtype == pb.DataType_DATA_TYPE_INT64 {
+		values, err := integers(tensor)
+		if err != nil {
+			return "", err
+		}
+		sum := int64(0)
+		for _, value := range values {
+			sum += value
+		}
+		return fmt.Sprintf("sum=%d first=%d", sum, values[0]), nil
+	}
+	values, err := floats(tensor)
+	if err != nil {
+		return "", err
+	}
+	sum := 0.0
+	for _, value := range values {
+		sum += float64(value)
+	}
+	return fmt.Sprintf("sum=%.4f first=%.6f", sum, values[0]), nil
+}
+
+// showInterventions prints a line for each intervention: the calls of modules and the elements that
+// it selected, those whose value changed, and the norm of the selected elements before and after.
+func showInterventions(reports map[string]*pb.Tensor) error {
+	calls, err1 := integers(reports["calls"])
+	selected, err2 := integers(reports["elements"])
+	changed, err3 := integers(reports["changed"])
+	norms, err4 := floats(reports["norm"]) // [N, 2]
+	if err := errors.Join(err1, err2, err3, err4); err != nil {
+		return err
+	}
+	for i := range calls {
+		fmt.Printf("intervention %d calls=%d elements=%d changed=%d norm=%.4f->%.4f\n",
+			i, calls[i], selected[i], changed[i], norms[2*i], norms[2*i+1])
 	}
 	return nil
 }

@@ -10,7 +10,7 @@ import { promisify } from "node:util";
 import grpc from "@grpc/grpc-js";
 import { loadSync } from "@grpc/proto-loader";
 import health from "grpc-health-check";
-import { fromFloats, toFloats } from "./floats.js";
+import { fromFloats, nameOf, toFloats, toIntegers } from "./elements.js";
 
 const READY_WITHIN_MS = 60_000;
 const ANSWER_WITHIN_MS = 60_000;
@@ -51,16 +51,44 @@ function rampTensor(shape) {
   return { dtype: "DATA_TYPE_FLOAT32", shape, data: fromFloats(values) };
 }
 
-/** Prints a line for each tensor of the reply. */
+/** Prints a line for each tensor of the reply, and one for each intervention of the request. */
 async function show(extract, what, request) {
   const { tensors } = await extract(request, deadline(ANSWER_WITHIN_MS));
-  for (const tensor of tensors) {
-    const values = toFloats(tensor);
-    let sum = 0; // A number is a double.
-    for (const value of values) sum += value;
-    const numbers = `sum=${sum.toFixed(4)} first=${values[0].toFixed(6)}`;
-    console.log(`${what} ${tensor.name} float32 ${tensor.shape.join("x")} ${numbers}`);
+  const isReport = ({ name }) => name.startsWith("interventions.");
+  for (const tensor of tensors.filter((tensor) => !isReport(tensor))) {
+    const { name, dtype, shape } = tensor;
+    console.log(`${what} ${name} ${nameOf(dtype)} ${shape.join("x")} ${summary(tensor)}`);
   }
+  const reports = Object.fromEntries(tensors.filter(isReport).map((each) => [each.name, each]));
+  if (request.interventions) showInterventions(reports);
+}
+
+/** The sum and the first of a tensor's elements. */
+function summary(tensor) {
+  if (tensor.dtype === "DATA_TYPE_INT64") {
+    const values = toIntegers(tensor); // BigInts, which a template writes without their n.
+    return `sum=${values.reduce((sum, value) => sum + value, 0n)} first=${values[0]}`;
+  }
+  const values = toFloats(tensor);
+  let sum = 0; // A number is a double.
+  for (const value of values) sum += value;
+  return `sum=${sum.toFixed(4)} first=${values[0].toFixed(6)}`;
+}
+
+/**
+ * Prints a line for each intervention: the calls of modules and the elements that it selected, those
+ * whose value changed, and the norm of the selected elements before and after.
+ */
+function showInterventions(reports) {
+  const [calls, elements, changed] = ["calls", "elements", "changed"].map((name) =>
+    toIntegers(reports[`interventions.${name}`]),
+  );
+  const norms = toFloats(reports["interventions.norm"]); // [N, 2]
+  calls.forEach((count, i) => {
+    const [before, after] = norms.subarray(2 * i, 2 * i + 2);
+    const counts = `calls=${count} elements=${elements[i]} changed=${changed[i]}`;
+    console.log(`intervention ${i} ${counts} norm=${before.toFixed(4)}->${after.toFixed(4)}`);
+  });
 }
 
 /**
@@ -96,14 +124,22 @@ async function main(
   const extract = promisify(client.extract.bind(client));
 
   const images = [{ images: [image] }];
-  const bothSides = [{ layer: "layer1" }, { layer: "avgpool", capture: "CAPTURE_INPUT" }];
-  await show(extract, "photo", { model, images, layers: bothSides });
+  const pooled = { layer: "avgpool", capture: "CAPTURE_INPUT" };
+  await show(extract, "photo", { model, images, layers: [{ layer: "layer1" }, pooled] });
   const inputs = [rampTensor([1, 3, 224, 224])];
   await show(extract, "tensor", { model, inputs, layers: [{ layer: "avgpool" }] });
-  // Where in the photo layer1 raises the sum of avgpool: a class activation map.
+  // Where in the photo layer1 raises the largest element of avgpool: a class activation map.
   const where = { layer: "layer1", capture: "CAPTURE_GRADIENT", method: "METHOD_GRAD_CAM" };
-  const objective = [{ layer: "avgpool", measure: "MEASURE_SUM" }];
+  const objective = [{ layer: "avgpool", measure: "MEASURE_MAXIMUM" }];
   await show(extract, "map", { model, images, layers: [where], objective });
+  // What avgpool is given without channels 0 and 1 of layer1, and with those from 32 on halved.
+  const first = { axis: "AXIS_CHANNEL", index: [0, 1] };
+  const rest = { axis: "AXIS_CHANNEL", begin: 32 };
+  const interventions = [
+    { layer: "layer1", select: [first], operation: "OPERATION_ZERO" },
+    { layer: "layer1", select: [rest], operation: "OPERATION_SCALE", factor: 0.5 },
+  ];
+  await show(extract, "changed", { model, images, layers: [pooled], interventions });
   if (textModel) {
     const texts = [{ texts: ["the cat sat on the mat.", "a bird flew"] }];
     // The mean of each text's tokens; the server tokenises the texts and leaves padding out.

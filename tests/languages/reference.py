@@ -1,12 +1,11 @@
 """The output of each client in ``examples/``, compared with the Python client's values.
 
-A client prints a line a tensor and a last one for the error::
+A client prints a line for each tensor, for each intervention, and for the error::
 
     photo layer1 float32 1x64x56x56 sum=140344.3002 first=1.505641
     photo avgpool:input float32 1x512x7x7 sum=43724.5751 first=1.016828
     tensor avgpool float32 1x512x1x1 sum=336.6542 first=0.215358
-    map layer1:grad_cam float32 1x56x56 sum=629.1962 first=0.059553
-    map objective.value float32 1 sum=892.3384 first=892.338379
+MAPLINES
     text encoder.layer.1 float32 2x32 sum=0.0000 first=0.358231
     error NOT_FOUND LayerNotFoundError no layer 'no.such.layer'; DescribeModel (...
 
@@ -20,15 +19,16 @@ import re
 import subprocess
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 
-from layertap import Client, LayerSelection, LayertapError, Texts
+from layertap import Client, Intervention, LayerSelection, LayertapError, Texts
 from layertap.app.server import FeatureServer
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -38,18 +38,29 @@ TEXT_MODEL, TEXT_LAYER = "bert", "encoder.layer.1"
 TEXTS = ["the cat sat on the mat.", "a bird flew"]
 UNKNOWN_LAYER = "no.such.layer"
 
-TENSOR_LINE = re.compile(
-    r"(\w+) (\S+) (\w+) (\d+(?:x\d+)*) sum=(-?\d+\.\d{4}) first=(-?\d+\.\d{6})"
-)
+INTERVENTIONS = [
+    Intervention.zero("layer1", channel=[0, 1]),
+    Intervention.scale("layer1", 0.5, channel=slice(32, None)),
+]
+
+SHAPE = r"\d+(?:x\d+)*"
+LINES = [
+    re.compile(rf"(\w+ \S+ float32 {SHAPE}) sum=(-?\d+\.\d{{4}}) first=(-?\d+\.\d{{6}})"),
+    re.compile(rf"(\w+ \S+ int64 {SHAPE}) sum=(-?\d+) first=(-?\d+)"),
+    re.compile(
+        r"(intervention \d+) calls=(\d+) elements=(\d+) changed=(\d+)"
+        r" norm=(\d+\.\d{4})->(\d+\.\d{4})"
+    ),
+]
 ERROR_LINE = re.compile(r"error (\w+) (\w+) (.+)")
 RUN_SECONDS = 90
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The Python client's values: each line's name, dtype and shape; its sum and first element."""
+    """What a client is to print: the numbers of each line by how it begins, and the error."""
 
-    tensors: dict[str, tuple[float, float]]
+    lines: dict[str, tuple[Any, ...]]
     kind: str
     message: str
 
@@ -57,31 +68,58 @@ class Reference:
 def ask(address: str, model: str) -> Reference:
     """Make the clients' requests with the Python client."""
     ramp = (np.arange(3 * 224 * 224) % 255).astype(np.float32) / np.float32(255)
+    pooled = "avgpool:input"
     with Client(address) as client:
-        photo = client.extract(model, PHOTO, ["layer1", "avgpool:input"])
+        photo = client.extract(model, PHOTO, ["layer1", pooled])
         tensor = client.extract(model, ramp.reshape(1, 3, 224, 224), "avgpool")
-        maps = client.extract(model, PHOTO, "layer1:grad_cam", objective="avgpool[sum]")
+        maps = client.extract(model, PHOTO, "layer1:grad_cam", objective="avgpool[maximum]")
+        changed = client.extract(model, PHOTO, pooled, interventions=INTERVENTIONS)
         mean = LayerSelection(TEXT_LAYER, reduction="global_average_pool")
         text = client.extract(TEXT_MODEL, Texts(TEXTS), mean)
         with pytest.raises(LayertapError) as refused:
             client.extract(model, PHOTO, UNKNOWN_LAYER)
+    assert np.abs(changed[pooled] - photo[pooled]).max() > 0.1, "the interventions change nothing"
     return Reference(
-        {
-            f"{what} {name} {array.dtype} {'x'.join(map(str, array.shape))}": (
-                float(array.sum(dtype=np.float64)),
-                float(array.flat[0]),
-            )
-            for what, features in (
-                ("photo", photo),
-                ("tensor", tensor),
-                ("map", maps),
-                ("text", text),
-            )
-            for name, array in features.items()
-        },
+        of_tensors("photo", photo)
+        | of_tensors("tensor", tensor)
+        | of_tensors("map", maps)
+        | of_tensors("changed", changed)
+        | of_interventions(changed)
+        | of_tensors("text", text),
         type(refused.value).__name__,
         str(refused.value),
     )
+
+
+def of_tensors(what: str, features: Mapping[str, np.ndarray]) -> dict[str, tuple[Any, ...]]:
+    """Return the sum and the first element of each tensor but the reports of interventions."""
+    return {
+        f"{what} {name} {array.dtype} {'x'.join(map(str, array.shape))}": numbers(array)
+        for name, array in features.items()
+        if not name.startswith("interventions.")
+    }
+
+
+def numbers(array: np.ndarray) -> tuple[Any, Any]:
+    if array.dtype.kind == "i":
+        return int(array.sum()), int(array.flat[0])
+    # Another number of threads adds in another order.
+    # The values after a layer norm add up to almost nothing.
+    total = pytest.approx(float(array.sum(dtype=np.float64)), rel=1e-3, abs=1e-3)
+    return total, pytest.approx(float(array.flat[0]), abs=1e-5)
+
+
+def of_interventions(features: Mapping[str, np.ndarray]) -> dict[str, tuple[Any, ...]]:
+    """Return the calls, elements, changed elements and norms of each intervention."""
+    names = ("calls", "elements", "changed")
+    counts = np.stack([features[f"interventions.{name}"] for name in names], axis=1)
+    return {
+        f"intervention {index}": (
+            *counts[index].tolist(),
+            *(pytest.approx(norm, rel=1e-3) for norm in norms.tolist()),
+        )
+        for index, norms in enumerate(features["interventions.norm"])
+    }
 
 
 def check(command: Sequence[str | Path], address: str, model: str) -> None:
@@ -94,19 +132,17 @@ def check(command: Sequence[str | Path], address: str, model: str) -> None:
         timeout=RUN_SECONDS,
     )
     assert done.returncode == 0, done.stderr
-    *tensors, error = done.stdout.splitlines()
+    *lines, error = done.stdout.splitlines()
     expected = ask(address, model)
 
-    found = [TENSOR_LINE.fullmatch(line) for line in tensors]
-    assert all(found), done.stdout
-    printed = {" ".join(line.group(1, 2, 3, 4)): line.group(5, 6) for line in found}
-    assert list(printed) == list(expected.tensors), done.stdout
-    for name, (total, first) in printed.items():
-        # Another number of threads adds in another order.
-        # The values after a layer norm add up to almost nothing.
-        total_expected = pytest.approx(expected.tensors[name][0], rel=1e-3, abs=1e-3)
-        assert float(total) == total_expected, name
-        assert float(first) == pytest.approx(expected.tensors[name][1], abs=1e-5), name
+    matched = [next(filter(None, (form.fullmatch(line) for form in LINES)), None) for line in lines]
+    assert all(matched), done.stdout
+    printed = {
+        name: tuple(map(float, found)) for name, *found in (each.groups() for each in matched)
+    }
+    assert list(printed) == list(expected.lines), done.stdout
+    for name, found in printed.items():
+        assert found == expected.lines[name], name
 
     status, kind, message = ERROR_LINE.fullmatch(error).groups()
     # Languages write it as NOT_FOUND, NotFound or not_found.

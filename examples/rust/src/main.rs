@@ -14,8 +14,8 @@ use tonic_health::pb::health_client::HealthClient;
 
 use v1::feature_service_client::FeatureServiceClient;
 use v1::{
-    Capture, ExtractRequest, ImageBatch, LayerSelection, Measure, Method, ObjectiveTerm, Reduction,
-    Tensor, TextBatch,
+    Axis, AxisSelection, Capture, DataType, ExtractRequest, ImageBatch, Intervention,
+    LayerSelection, Measure, Method, ObjectiveTerm, Operation, Reduction, Tensor, TextBatch,
 };
 
 /// What build.rs made of the contract in proto/layertap/v1.
@@ -69,20 +69,36 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let reply = features.extract(request).await?.into_inner();
     print("tensor", &reply.tensors)?;
 
-    // Where in the photo layer1 raises the sum of avgpool: a class activation map.
+    // Where in the photo layer1 raises the largest element of avgpool: a class activation map.
     let request = ExtractRequest {
         model: model.clone(),
         images: vec![images.clone()],
         layers: vec![map_of("layer1")],
         objective: vec![ObjectiveTerm {
             layer: "avgpool".into(),
-            measure: Measure::Sum.into(),
+            measure: Measure::Maximum.into(),
             ..Default::default()
         }],
         ..Default::default()
     };
     let reply = features.extract(request).await?.into_inner();
     print("map", &reply.tensors)?;
+
+    // What avgpool is given without channels 0 and 1 of layer1, and with those from 32 on halved.
+    let request = ExtractRequest {
+        model: model.clone(),
+        images: vec![images.clone()],
+        layers: vec![input_of("avgpool")],
+        interventions: interventions(),
+        ..Default::default()
+    };
+    let reply = features.extract(request).await?.into_inner();
+    let (reports, layers): (Vec<_>, Vec<_>) = reply
+        .tensors
+        .into_iter()
+        .partition(|tensor| tensor.name.starts_with("interventions."));
+    print("changed", &layers)?;
+    print_interventions(&reports)?;
 
     if let Some(text_model) = text_model {
         let texts = TextBatch {
@@ -163,17 +179,80 @@ fn mean_of(name: &str) -> LayerSelection {
     }
 }
 
+/// Sets channels 0 and 1 of layer1 to zero, and halves those from 32 on.
+fn interventions() -> Vec<Intervention> {
+    let first = AxisSelection {
+        axis: Axis::Channel.into(),
+        index: vec![0, 1],
+        ..Default::default()
+    };
+    let rest = AxisSelection {
+        axis: Axis::Channel.into(),
+        begin: Some(32),
+        ..Default::default()
+    };
+    let zero = Intervention {
+        layer: "layer1".into(),
+        select: vec![first],
+        operation: Operation::Zero.into(),
+        ..Default::default()
+    };
+    let halve = Intervention {
+        layer: "layer1".into(),
+        select: vec![rest],
+        operation: Operation::Scale.into(),
+        factor: Some(0.5),
+        ..Default::default()
+    };
+    vec![zero, halve]
+}
+
+/// Prints a line for each tensor.
 fn print(what: &str, tensors: &[Tensor]) -> Result<(), String> {
     for tensor in tensors {
-        let elements = elements::floats(tensor)?;
         let shape: Vec<_> = tensor.shape.iter().map(i64::to_string).collect();
-        let first = elements.clone().next().unwrap_or(f32::NAN);
-        let sum: f64 = elements.map(f64::from).sum();
         println!(
-            "{what} {} {} {} sum={sum:.4} first={first:.6}",
+            "{what} {} {} {} {}",
             tensor.name,
-            elements::dtype_name(tensor),
+            elements::dtype_name(tensor.dtype()),
             shape.join("x"),
+            summary(tensor)?,
+        );
+    }
+    Ok(())
+}
+
+/// The sum and the first of a tensor's elements.
+fn summary(tensor: &Tensor) -> Result<String, String> {
+    if tensor.dtype() == DataType::Int64 {
+        let elements = elements::integers(tensor)?;
+        let first = elements.clone().next().unwrap_or_default();
+        let sum: i64 = elements.sum();
+        return Ok(format!("sum={sum} first={first}"));
+    }
+    let elements = elements::floats(tensor)?;
+    let first = elements.clone().next().unwrap_or(f32::NAN);
+    let sum: f64 = elements.map(f64::from).sum();
+    Ok(format!("sum={sum:.4} first={first:.6}"))
+}
+
+/// Prints a line for each intervention: the calls of modules and the elements that it selected,
+/// those whose value changed, and the norm of the selected elements before and after.
+fn print_interventions(reports: &[Tensor]) -> Result<(), String> {
+    let report = |name: &str| {
+        let found = reports.iter().find(|tensor| tensor.name == name);
+        found.ok_or_else(|| format!("the reply has no {name}"))
+    };
+    let calls = elements::integers(report("interventions.calls")?)?;
+    let selected = elements::integers(report("interventions.elements")?)?;
+    let changed = elements::integers(report("interventions.changed")?)?;
+    let norms: Vec<f32> = elements::floats(report("interventions.norm")?)?.collect(); // [N, 2]
+    let counts = calls.zip(selected).zip(changed);
+    for (i, (((calls, selected), changed), norm)) in counts.zip(norms.chunks(2)).enumerate() {
+        println!(
+            "intervention {i} calls={calls} elements={selected} changed={changed} \
+             norm={:.4}->{:.4}",
+            norm[0], norm[1]
         );
     }
     Ok(())

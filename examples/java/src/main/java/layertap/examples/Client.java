@@ -11,20 +11,27 @@ import io.grpc.health.v1.HealthCheckResponse.ServingStatus;
 import io.grpc.health.v1.HealthGrpc;
 import java.io.IOException;
 import java.nio.FloatBuffer;
+import java.nio.LongBuffer;
 import java.nio.file.Files;
 import java.nio.file.Path;
 import java.util.List;
 import java.util.Locale;
+import java.util.Map;
 import java.util.concurrent.TimeUnit;
 import java.util.stream.Collectors;
+import layertap.v1.Axis;
+import layertap.v1.AxisSelection;
 import layertap.v1.Capture;
+import layertap.v1.DataType;
 import layertap.v1.ExtractRequest;
 import layertap.v1.FeatureServiceGrpc;
 import layertap.v1.ImageBatch;
+import layertap.v1.Intervention;
 import layertap.v1.LayerSelection;
 import layertap.v1.Measure;
 import layertap.v1.Method;
 import layertap.v1.ObjectiveTerm;
+import layertap.v1.Operation;
 import layertap.v1.Reduction;
 import layertap.v1.Tensor;
 import layertap.v1.TextBatch;
@@ -45,6 +52,9 @@ public final class Client {
    */
   private static final int LARGEST_REPLY = 1 << 30;
 
+  /** How the names of the tensors begin that tell what interventions changed. */
+  private static final String REPORT = "interventions.";
+
   private static final Metadata.Key<String> ERROR_KIND =
       Metadata.Key.of("layertap-error", Metadata.ASCII_STRING_MARSHALLER);
 
@@ -64,6 +74,7 @@ public final class Client {
     try {
       awaitReady(channel);
       askForLayers(channel, model, photo);
+      askWithInterventions(channel, model, photo);
       if (args.length > 3) {
         askWithTexts(channel, args[3], args.length > 4 ? args[4] : TEXT_LAYER);
       }
@@ -106,16 +117,48 @@ public final class Client {
             .build();
     print("tensor", features.extract(ofTensor).getTensorsList());
 
-    // Where in the photo layer1 raises the sum of avgpool: a class activation map.
+    // Where in the photo layer1 raises the largest element of avgpool: a class activation map.
     var ofMap =
         ExtractRequest.newBuilder()
             .setModel(model)
             .addImages(images)
             .addLayers(mapOf("layer1"))
             .addObjective(
-                ObjectiveTerm.newBuilder().setLayer("avgpool").setMeasure(Measure.MEASURE_SUM))
+                ObjectiveTerm.newBuilder().setLayer("avgpool").setMeasure(Measure.MEASURE_MAXIMUM))
             .build();
     print("map", features.extract(ofMap).getTensorsList());
+  }
+
+  /** What avgpool is given without channels 0 and 1 of layer1, and with those from 32 on halved. */
+  private static void askWithInterventions(Channel channel, String model, byte[] photo) {
+    var images = ImageBatch.newBuilder().addImages(ByteString.copyFrom(photo)).build();
+    var first = AxisSelection.newBuilder().setAxis(Axis.AXIS_CHANNEL).addIndex(0).addIndex(1);
+    var rest = AxisSelection.newBuilder().setAxis(Axis.AXIS_CHANNEL).setBegin(32);
+    var zero =
+        Intervention.newBuilder()
+            .setLayer("layer1")
+            .addSelect(first)
+            .setOperation(Operation.OPERATION_ZERO);
+    var halve =
+        Intervention.newBuilder()
+            .setLayer("layer1")
+            .addSelect(rest)
+            .setOperation(Operation.OPERATION_SCALE)
+            .setFactor(0.5);
+    var ofChanged =
+        ExtractRequest.newBuilder()
+            .setModel(model)
+            .addImages(images)
+            .addLayers(inputOf("avgpool"))
+            .addInterventions(zero)
+            .addInterventions(halve)
+            .build();
+    var reply = FeatureServiceGrpc.newBlockingStub(channel).extract(ofChanged);
+    Map<Boolean, List<Tensor>> tensors =
+        reply.getTensorsList().stream()
+            .collect(Collectors.partitioningBy(each -> each.getName().startsWith(REPORT)));
+    print("changed", tensors.get(false));
+    printInterventions(tensors.get(true));
   }
 
   private static void askWithTexts(Channel channel, String model, String layer) {
@@ -170,24 +213,54 @@ public final class Client {
 
   private static void print(String what, List<Tensor> tensors) {
     for (Tensor tensor : tensors) {
-      FloatBuffer elements = Elements.floats(tensor);
-      double sum = 0;
+      var shape =
+          tensor.getShapeList().stream().map(String::valueOf).collect(Collectors.joining("x"));
+      System.out.printf(
+          "%s %s %s %s %s%n",
+          what, tensor.getName(), Elements.nameOf(tensor.getDtype()), shape, summary(tensor));
+    }
+  }
+
+  /** The sum and the first of a tensor's elements. */
+  private static String summary(Tensor tensor) {
+    if (tensor.getDtype() == DataType.DATA_TYPE_INT64) {
+      LongBuffer elements = Elements.integers(tensor);
+      long sum = 0;
       for (int i = 0; i < elements.limit(); i++) {
         sum += elements.get(i);
       }
-      float first = elements.hasRemaining() ? elements.get(0) : Float.NaN;
-      var shape =
-          tensor.getShapeList().stream().map(String::valueOf).collect(Collectors.joining("x"));
-      // Locale.ROOT: a point before the decimals, whatever the user's language.
+      return "sum=%d first=%d".formatted(sum, elements.hasRemaining() ? elements.get(0) : 0);
+    }
+    FloatBuffer elements = Elements.floats(tensor);
+    double sum = 0;
+    for (int i = 0; i < elements.limit(); i++) {
+      sum += elements.get(i);
+    }
+    float first = elements.hasRemaining() ? elements.get(0) : Float.NaN;
+    // Locale.ROOT: a point before the decimals, whatever the user's language.
+    return String.format(Locale.ROOT, "sum=%.4f first=%.6f", sum, first);
+  }
+
+  /**
+   * Prints a line for each intervention: the calls of modules and the elements that it selected,
+   * those whose value changed, and the norm of the selected elements before and after.
+   */
+  private static void printInterventions(List<Tensor> reports) {
+    var byName = reports.stream().collect(Collectors.toMap(Tensor::getName, tensor -> tensor));
+    LongBuffer calls = Elements.integers(byName.get(REPORT + "calls"));
+    LongBuffer selected = Elements.integers(byName.get(REPORT + "elements"));
+    LongBuffer changed = Elements.integers(byName.get(REPORT + "changed"));
+    FloatBuffer norms = Elements.floats(byName.get(REPORT + "norm")); // [N, 2]
+    for (int i = 0; i < calls.limit(); i++) {
       System.out.printf(
           Locale.ROOT,
-          "%s %s %s %s sum=%.4f first=%.6f%n",
-          what,
-          tensor.getName(),
-          Elements.nameOf(tensor.getDtype()),
-          shape,
-          sum,
-          first);
+          "intervention %d calls=%d elements=%d changed=%d norm=%.4f->%.4f%n",
+          i,
+          calls.get(i),
+          selected.get(i),
+          changed.get(i),
+          norms.get(2 * i),
+          norms.get(2 * i + 1));
     }
   }
 
