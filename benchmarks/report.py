@@ -271,6 +271,20 @@ median of each). The results were compared first. {threads} threads. Machine: {f
 {table}
 """
 
+PLAIN_BESIDE = """
+## Are plain requests as fast as before there were gradients and interventions?
+
+[bench_plain_beside.py](bench_plain_beside.py): resnet18 with random weights, a tensor of one image.
+Milliseconds of a lone caller, median (quartiles) of {rounds} rounds of {calls} calls. The servers
+of the commits {before} (before) and {now} (now) take turns, each with the client of its commit. The
+bits of {compared} plain replies were compared first: all are equal. The last column is the median
+(quartiles) of the ratios of the rounds. Then {threads} threads mixed {requests} requests of {kinds}
+kinds, plain ones, gradients and interventions: {wrong} replies differed from those of the same
+request alone. Machine: {facts}.
+
+{table}
+"""
+
 IMAGES = """
 ## What does a photograph cost?
 
@@ -664,6 +678,28 @@ def _interventions(results: dict[str, Any], folder: Path) -> str:
     )
 
 
+def _plain_beside(results: dict[str, Any], folder: Path) -> str:
+    rows = [
+        [
+            name,
+            _quartiles(row["before"]),
+            _quartiles(row["now"]),
+            f"{row['ratio of the medians']:.3f}",
+            "{p50:.3f} ({p25:.3f}–{p75:.3f})".format(**row["ratio, by round"]),
+        ]
+        for name, row in results["milliseconds"].items()
+    ]
+    return PLAIN_BESIDE.format(
+        rounds=results["rounds"],
+        calls=results["calls in a turn"],
+        **results["commits"],
+        compared=results["plain replies of equal bits"],
+        **results["mixed"],
+        facts=_facts(results["machine"]),
+        table=_table(["", "before", "now", "now / before", "by round"], rows),
+    )
+
+
 def _images(results: dict[str, Any], folder: Path) -> str:
     parts = {"decode a JPEG, 512 × 600": results["decoders"], **results["ways"]}
     parts[f"{results['count']} of them"] = results["batch"]
@@ -784,6 +820,7 @@ SECTIONS: dict[str, Section] = {
     "hook": _hook,
     "gradients": _gradients,
     "interventions": _interventions,
+    "plain_beside": _plain_beside,
     "images": _images,
     "memory": _memory,
     "growth": _growth,

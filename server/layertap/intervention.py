@@ -267,6 +267,15 @@ class SiteKey(NamedTuple):
     set: int
 
 
+_OPERANDS: tuple[tuple[str, float, tuple[Operation, ...]], ...] = (
+    ("value", 0.0, (Operation.SET,)),
+    ("factor", 1.0, (Operation.SCALE, Operation.ADD, Operation.NOISE)),
+    ("source_item", 0, (Operation.PATCH,)),
+    ("seed", 0, (Operation.NOISE,)),
+)
+"""The numbers of an intervention: attribute, default, and the operations that take it."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Intervention:
     """A change of what a layer returns or is given, while the model runs.
@@ -324,9 +333,18 @@ class Intervention:
             raise self._refusal(f"set: got {self.set}, expected at most {MAX_SETS} sets")
         if not 0 <= self.source_item < 1 << 31:
             raise self._refusal(f"source_item: got {self.source_item}, expected from 0")
+        self._check_operands()
         self._check_range()
         self._check_tensor()
         self._check_parts()
+
+    def _check_operands(self) -> None:
+        """Refuse a number that the operation ignores, such as a value where a factor counts."""
+        for name, default, operations in _OPERANDS:
+            given = getattr(self, name)
+            if given != default and self.operation not in operations:
+                takes = ", ".join(each.name for each in operations)
+                raise self._refusal(f"{name}: got {given}, expected one only for {takes}")
 
     def _check_range(self) -> None:
         given = [each for each in (self.low, self.high) if each is not None]
@@ -713,9 +731,14 @@ class _Parser:
         capture = Capture.OUTPUT
         where: dict[str, Any] = {}
         dims: dict[int, Any] = {}
+        seen: set[str] = set()
         for option in options:
             name, equals, value = option.partition("=")
             dimension = _DIMENSION.fullmatch(name)
+            name = f"dim{int(dimension[1])}" if dimension else name
+            if name in seen:
+                raise self._refusal(f"{name} once; several indices are written channel=3,4")
+            seen.add(name)
             if option == Capture.INPUT:
                 capture = Capture.INPUT
             elif equals and dimension:
@@ -725,7 +748,10 @@ class _Parser:
             elif equals and name in tuple(Axis):
                 where[name] = _read_indexes(value)
             else:
-                raise self._refusal(f"'input' or AXIS=INDICES between colons, not {option!r}")
+                raise self._refusal(
+                    f"'input' or AXIS=INDICES between colons, such as channel=3,5, not {option!r}; "
+                    f"the axes are {', '.join(_NAMED_AXES)}, dim0, dim1, ..."
+                )
         parts = _parts({**where, "dims": dims})  # type: ignore[typeddict-item]
         layer = re.sub(r"\\(.)", r"\1", layer)
         given = self._operands(Operation(word), operands.strip())

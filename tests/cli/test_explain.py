@@ -101,6 +101,30 @@ def test_the_score_is_that_of_the_best_class_if_none_is_named(
     assert np.array_equal(np.load(files[0]), np.load(files[1]))
 
 
+def test_a_map_of_the_changed_model(address: str, photo: str, tmp_path: Path) -> None:
+    """``--set`` changes values on the way to the score, and a line says what each one changed."""
+    near, far, plain = (tmp_path / f"{name}.npy" for name in ("near", "far", "plain"))
+    changes = ("--set", "layer4:channel=0..256:zero", "--set", "layer2:scale=3")
+    for result in (
+        explain("resnet18", photo, "-l", "layer3", "-o", str(near), *changes, *TINY),
+        explain("resnet18", photo, "-l", "layer3", "-o", str(far), *changes, "--server", address),
+    ):
+        assert result.exit_code == 0, result.output
+        zero, scale = result.output.splitlines()[1:]
+        assert zero.startswith("layer4:channel=0..256:zero: 1,024 elements in 1 call, ")
+        assert zero.endswith(" and is 0")
+        assert scale.startswith("layer2:scale=3: 8,192 elements in 1 call, ")
+    explain("resnet18", photo, "-l", "layer3", "-o", str(plain), "--server", address)
+    assert np.array_equal(np.load(near), np.load(far))
+    assert not np.allclose(np.load(near), np.load(plain), rtol=0.1)
+    with Client(address) as client:
+        found = client.extract(
+            "resnet18", photo, "layer3:grad_cam:map=resized", objective="fc[maximum]",
+            interventions=changes[1::2],
+        )  # fmt: skip
+    assert np.array_equal(np.load(far), found["layer3:grad_cam"][0])
+
+
 @pytest.mark.parametrize(
     ("line", "code", "message"),
     [
@@ -112,6 +136,9 @@ def test_the_score_is_that_of_the_best_class_if_none_is_named(
         ("-l layer4 -o map.png --method eigen-cam --objective fc[1]", 2, "eigen-cam takes none"),
         ("-l fc -o map.png", 1, "takes patch tokens"),
         ("-l layer9 -o map.png", 1, "layer9"),
+        ("-l layer4 -o map.png --set layer4:chanel=3:zero", 1, "AXIS=INDICES"),
+        ("-l layer4 -o map.png --set layer4:channel=3", 1, "after the last colon"),
+        ("-l layer4 -o map.png --set layer4:add=@nothing.npy", 1, "can't be read"),
     ],
 )
 def test_mistakes_have_a_message(

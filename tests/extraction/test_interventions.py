@@ -809,6 +809,10 @@ CONTRADICTIONS: dict[str, Callable[[], Any]] = {
     "half an index": lambda: Intervention.zero("a", channel=1.5),  # type: ignore[arg-type]
     "text": lambda: Intervention.parse("layer4"),
     "an unknown operation": lambda: Intervention.parse("layer4:explode"),
+    "an axis twice": lambda: Intervention.parse("layer4:channel=3:channel=4:zero"),
+    "a dimension twice": lambda: Intervention.parse("layer4:dim1=2:dim01=3:zero"),
+    "heads twice": lambda: Intervention.parse("layer4:head=1:heads=2:heads=4:zero"),
+    "the side twice": lambda: Intervention.parse("layer4:input:input:zero"),
     "a file": lambda: Intervention.parse("layer4:add=@/etc/passwd"),
     "skip of an input": lambda: Intervention.skip("a").of_input(),
     "a negative source": lambda: Intervention.patch("a", -1),

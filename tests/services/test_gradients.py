@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import torch
 
 import gradnets
 import layertap
+import tinynets
 from layertap import (
     AsyncClient,
     Capture,
@@ -46,9 +48,10 @@ SPEC = ModelSpec("gradnets:residual", item_shape=gradnets.IMAGE, input_dtype="fl
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    """An engine with one net."""
+    """An engine with a net, and one with modules that never run."""
     engine = Engine()
     engine.load(SPEC)
+    engine.load(ModelSpec("tinynets:silent", item_shape=tinynets.ITEM))
     yield engine
     engine.close()
 
@@ -122,6 +125,24 @@ HOSTILE = {
         measure="MEASURE_DOT",
         vector=tensor_pb2.Tensor(dtype="DATA_TYPE_FLOAT32", shape=[5], data=NAN),
     ),
+    "infinity": Term(
+        measure="MEASURE_DOT",
+        vector=tensor_pb2.Tensor(
+            dtype="DATA_TYPE_FLOAT32", shape=[5], data=np.full(5, np.inf, np.float32).tobytes()
+        ),
+    ),
+    "a vector that is too big": Term(
+        measure="MEASURE_DOT",
+        vector=tensor_pb2.Tensor(
+            dtype="DATA_TYPE_FLOAT32", shape=[1 << 20], data=b"\0" * (1 << 22)
+        ),
+    ),
+    "a vector for more items": Term(
+        measure="MEASURE_DOT",
+        vector=tensor_pb2.Tensor(
+            dtype="DATA_TYPE_FLOAT32", shape=[1 << 16, 5], data=b"\0" * (20 << 16)
+        ),
+    ),
     "a vector in shared memory": Term(
         measure="MEASURE_DOT",
         vector=tensor_pb2.Tensor(shape=[5], shared=tensor_pb2.SharedSlice(region=1)),
@@ -144,9 +165,12 @@ HOSTILE = {
 
 @pytest.mark.parametrize("case", HOSTILE)
 def test_hostile_objectives_have_a_clear_status_before_any_compute(
-    engine: Engine, client: Client, case: str
+    engine: Engine, client: Client, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
     """A malformed objective is refused without a pass, and the server goes on."""
+    assert client.extract("residual", IMAGES, "conv2:gradient", objective="fc[0]")  # The trial.
+    ran: list[Any] = []
+    monkeypatch.setattr("layertap.engine.pipeline.compute", ran.append)
     layer = feature_service_pb2.LayerSelection(layer="conv2", capture="CAPTURE_GRADIENT")
     request = feature_service_pb2.ExtractRequest(
         model="residual", layers=[layer], objective=[HOSTILE[case]]
@@ -154,12 +178,68 @@ def test_hostile_objectives_have_a_clear_status_before_any_compute(
     request.inputs.add(
         name="x", dtype="DATA_TYPE_FLOAT64", shape=IMAGES.shape, data=IMAGES.numpy().tobytes()
     )
-    status, _ = refused(client, request)
+    status, message = refused(client, request)
+    monkeypatch.undo()
     known = grpc.StatusCode.NOT_FOUND if "exist" in case else grpc.StatusCode.INVALID_ARGUMENT
-    assert status is known
+    assert status is known, message
+    assert message
+    assert not ran
     assert client.extract("residual", IMAGES, "conv2:gradient", objective="fc[0]")
     # The bytes of a reply are released when its call has ended, which the client may see first.
     assert until(lambda: engine.pending_bytes == 0)
+
+
+@pytest.mark.parametrize("what", ["names", "a glob each"])
+def test_a_million_selections_are_refused_before_any_compute(
+    engine: Engine, client: Client, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """More gradients than a request may have get no further than the decoder."""
+    ran: list[Any] = []
+    monkeypatch.setattr("layertap.engine.pipeline.compute", ran.append)
+    layer = feature_service_pb2.LayerSelection(
+        layer="*" if what == "a glob each" else "conv2", capture="CAPTURE_GRADIENT"
+    )
+    request = feature_service_pb2.ExtractRequest(
+        model="residual", layers=[layer] * 1_000_000, objective=[Term(layer="fc", index=[1])]
+    )
+    request.inputs.add(
+        name="x", dtype="DATA_TYPE_FLOAT64", shape=IMAGES.shape, data=IMAGES.numpy().tobytes()
+    )
+    status, message = refused(client, request)
+    assert status is grpc.StatusCode.INVALID_ARGUMENT, message
+    assert message
+    assert not ran
+    assert until(lambda: engine.pending_bytes == 0)
+
+
+@pytest.mark.parametrize(
+    ("layer", "term"),
+    [("aux", Term(measure="MEASURE_SUM")), ("body", Term(layer="aux", measure="MEASURE_SUM"))],
+    ids=["gradient", "objective"],
+)
+def test_layers_that_never_run_have_no_gradient(
+    client: Client,
+    monkeypatch: pytest.MonkeyPatch,
+    layer: str,
+    term: feature_service_pb2.ObjectiveTerm,
+) -> None:
+    """A module that the model has but never calls is refused as such, before any compute."""
+    ran: list[Any] = []
+    monkeypatch.setattr("layertap.engine.pipeline.compute", ran.append)
+    request = feature_service_pb2.ExtractRequest(
+        model="silent",
+        layers=[feature_service_pb2.LayerSelection(layer=layer, capture="CAPTURE_GRADIENT")],
+        objective=[term],
+    )
+    request.inputs.add(
+        dtype="DATA_TYPE_FLOAT32",
+        shape=[1, *tinynets.ITEM],
+        data=b"\0" * 4 * math.prod(tinynets.ITEM),
+    )
+    status, message = refused(client, request)
+    assert status is grpc.StatusCode.NOT_FOUND, message
+    assert "never runs" in message
+    assert not ran
 
 
 def test_more_terms_than_allowed_are_refused(client: Client) -> None:

@@ -15,6 +15,7 @@ import torch
 
 import gradnets
 import layertap
+import tinynets
 from infering import given, output, parameters
 from layertap import AsyncClient, Client, Intervention, Span, StreamRequest, errors
 from layertap.engine import Engine
@@ -53,9 +54,11 @@ EVERY: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    """An engine with one net."""
+    """An engine with a net, and two with modules that never or not always run."""
     engine = Engine(threads=1, instances=2)
     engine.load(SPEC)
+    for net in ("silent", "branching"):
+        engine.load(ModelSpec(f"tinynets:{net}", item_shape=tinynets.ITEM))
     yield engine
     engine.close()
 
@@ -209,6 +212,17 @@ HOSTILE: dict[str, tuple[list[Message], grpc.StatusCode]] = {
     "NaN as a limit": (
         [Message(layer="conv2", operation="OPERATION_CLAMP", low=float("nan"))], INVALID,
     ),
+    "a value for a factor": (
+        [Message(layer="conv2", operation="OPERATION_SCALE", value=0.5)], INVALID,
+    ),
+    "a factor for a value": (
+        [Message(layer="conv2", operation="OPERATION_SET", factor=0.5)], INVALID,
+    ),
+    "a source for nothing": (
+        [Message(layer="conv2", operation="OPERATION_ZERO", source_item=1)], INVALID,
+    ),
+    "a seed for nothing": ([Message(layer="conv2", operation="OPERATION_ZERO", seed=1)], INVALID),
+    "a step without a range": ([zero(Along(axis="AXIS_CHANNEL", index=[3], step=2))], INVALID),
     "a source that is not there": (
         [Message(layer="conv2", operation="OPERATION_PATCH", source_item=1 << 30)], INVALID,
     ),
@@ -242,6 +256,31 @@ def test_hostile_interventions_have_a_clear_status_before_any_compute(
     assert until(lambda: engine.pending_bytes == 0)
 
 
+def test_layers_that_never_run_have_a_clear_status(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A module that the model has but never calls is refused as such, before any compute."""
+    ran: list[Any] = []
+    monkeypatch.setattr("layertap.engine.pipeline.compute", ran.append)
+    for layer in ("aux", "read", "a*"):
+        message = Message(layer=layer, operation="OPERATION_ZERO")
+        status, text = refused(client, "output", [message], model="silent")
+        assert status is NOT_FOUND, text
+        assert "never runs" in text or "matches no layer" in text
+    assert not ran
+
+
+def test_layers_that_did_not_run_on_the_input_have_a_clear_status(client: Client) -> None:
+    """A module that this input does not reach is an error, and the next request is served."""
+    message = Message(layer="second", operation="OPERATION_ZERO")
+    nan = np.full((1, *tinynets.ITEM), np.nan, np.float32)
+    status, text = refused(client, "output", [message], model="branching", given=nan)
+    assert status is INVALID, text
+    assert "did not run on this input" in text
+    found = client.extract("branching", np.zeros_like(nan), "output", interventions="second:zero")
+    assert found["interventions.calls"].tolist() == [1]
+
+
 def test_extractors_that_cannot_are_refused(client: Client) -> None:
     """The status of an extractor that can't apply interventions is FAILED_PRECONDITION."""
     status, message = refused(client, "conv2", [zero()], "EXTRACTOR_TORCHSCRIPT")
@@ -269,16 +308,23 @@ def until(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
 
 
 def refused(
-    client: Client, layer: str, messages: list[Message], extractor: str = "EXTRACTOR_AUTO"
+    client: Client,
+    layer: str,
+    messages: list[Message],
+    extractor: str = "EXTRACTOR_AUTO",
+    *,
+    model: str = "residual",
+    given: np.ndarray | None = None,
 ) -> tuple[grpc.StatusCode, str]:
     request = feature_service_pb2.ExtractRequest(
-        model="residual",
+        model=model,
         layers=[feature_service_pb2.LayerSelection(layer=layer)],
         extractor=extractor,
         interventions=messages,
     )
+    given = IMAGES.numpy() if given is None else given
     request.inputs.add(
-        name="x", dtype="DATA_TYPE_FLOAT64", shape=IMAGES.shape, data=IMAGES.numpy().tobytes()
+        dtype=f"DATA_TYPE_{given.dtype.name.upper()}", shape=given.shape, data=given.tobytes()
     )
     with grpc.insecure_channel(client._targets[0]) as channel:
         extract = channel.unary_unary("/layertap.v1.FeatureService/Extract")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from layertap.cli.changes import changes_of, described_changes, set_option
 from layertap.cli.options import local_model, local_model_options, refuse_with_server
 from layertap.errors import InvalidInputError
 from layertap.objective import parse_objective
@@ -50,6 +51,7 @@ _RESULT = "[argmax]"
     show_default=True,
     help="How the map is made.",
 )
+@set_option
 @click.option(
     "-o",
     "--output",
@@ -66,6 +68,7 @@ def explain(
     layer: str,
     objective: str | None,
     method: str,
+    changes: tuple[str, ...],
     output: Path,
     server: ServerAddress | None,
     **flags: Any,
@@ -84,6 +87,8 @@ def explain(
       layertap explain resnet18 cat.jpg --layer layer4 --objective "fc[281]" -o overlay.png
       layertap explain vit_b_16 cat.jpg --layer encoder.layers.encoder_layer_10 \\
           --method layer-cam -o overlay.png
+      layertap explain resnet18 cat.jpg --layer layer4 --set layer3:channel=0..64:zero \\
+          -o without.png
       layertap explain resnet18 cat.jpg --layer layer4 -o map.npy --server 127.0.0.1:8001
 
     Exit codes: 0 success, 1 failure, 2 a wrong command line.
@@ -94,6 +99,7 @@ def explain(
         raise click.UsageError(f"--objective: {method} takes none")
     aim = (objective or _RESULT) if chosen.takes_gradient else None
     parse_objective(aim)
+    interventions = changes_of(changes)
     selection = _selection(layer, chosen, _form(output))
     from layertap.cli.render import Stderr
 
@@ -101,16 +107,20 @@ def explain(
     found: Mapping[str, np.ndarray]
     if server:
         with server.client() as client:
-            found = client.extract(model, image, selection, objective=aim)
-            _write(output, found)
+            found = client.extract(
+                model, image, selection, objective=aim, interventions=interventions
+            )
+            _write(output, found, changes)
     else:
         with terminal.busy(f"loading {model}"):
             local = local_model(model, flags)
         with local:
             if assumed := local.host.model.assumptions():
                 terminal.say(assumed, logging.WARNING)
-            found = local.extract(image, selection, objective=aim).numpy()
-            _write(output, found)
+            found = local.extract(
+                image, selection, objective=aim, interventions=interventions
+            ).numpy()
+            _write(output, found, changes)
 
 
 def _selection(layer: str, method: Method, form: MapForm) -> LayerSelection:
@@ -133,8 +143,8 @@ def _form(output: Path) -> MapForm:
     return _FORMS[output.suffix.lower()]
 
 
-def _write(output: Path, found: Mapping[str, np.ndarray]) -> None:
-    """Write the map, and say what it explains."""
+def _write(output: Path, found: Mapping[str, np.ndarray], changes: Sequence[str]) -> None:
+    """Write the map, and say what it explains and what interventions changed."""
     import numpy as np
 
     from layertap.cli.png import png
@@ -152,3 +162,5 @@ def _write(output: Path, found: Mapping[str, np.ndarray]) -> None:
         place = ",".join(map(str, found["objective.index"][0].tolist()))
         words.append(f"at index {place}")
     click.echo(", ".join(words))
+    for line in described_changes(changes, found):
+        click.echo(line)

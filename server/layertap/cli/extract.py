@@ -11,21 +11,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from layertap.cli.changes import changes_of, set_option
 from layertap.cli.options import local_model, local_model_options, refuse_with_server
 from layertap.errors import InvalidInputError
-from layertap.intervention import Intervention, parse_interventions
 from layertap.objective import parse_objective
 from layertap.projection import Projection
 from layertap.selection import SENT_DTYPES, Extractor, LayerSelection, Reduction
 from layertap.texts import Truncation
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from layertap.cli.connection import ServerAddress
     from layertap.cli.render import Stderr
     from layertap.dataset.runners import Runner
     from layertap.dataset.sources import Source
+    from layertap.intervention import Intervention
 
 __all__ = ["extract"]
 
@@ -132,15 +131,7 @@ class _Part(click.ParamType["tuple[int, int]"]):
     help="What gradients are the gradients of: fc[281], fc[maximum], fc[281] - fc[282]; without a "
     "layer in front of the brackets, of the model's result.",
 )
-@click.option(
-    "--set",
-    "changes",
-    multiple=True,
-    metavar="LAYER[:input][:AXIS=INDICES]...:OPERATION",
-    help="Change a layer's values while the model runs: layer4:channel=3:zero, "
-    "layer1:y=0..8:scale=0.5, encoder.0:token=-1:add=2*@steer.npy. May be given several times; "
-    "applied in order. See docs/interventions.md.",
-)
+@set_option
 @click.option(
     "-o",
     "--output",
@@ -298,7 +289,7 @@ def extract(
     source = _source(given, Truncation(truncation), field)
     terminal = Stderr()
     parse_objective(objective)
-    asked = _Asked(objective or "", _changes(changes))
+    asked = _Asked(objective or "", changes_of(changes))
     opened = _remote(servers, model, asked) if servers else _local(terminal, model, asked, flags)
     try:
         with opened as runner, terminal.progress(source.noun, len(source)) as report:
@@ -345,27 +336,6 @@ class _Asked(NamedTuple):
 
     objective: str
     interventions: tuple[Intervention, ...]
-
-
-def _changes(texts: Sequence[str]) -> tuple[Intervention, ...]:
-    """Return interventions; ``@FILE.npy`` in a text is an array in a file.
-
-    Raises:
-        InvalidInputError: A text or a file can't be read.
-    """
-    return parse_interventions([Intervention.parse(text, _array) for text in texts])
-
-
-def _array(file: str) -> np.ndarray[Any, np.dtype[Any]]:
-    import numpy as np
-
-    try:
-        array = np.load(file, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise InvalidInputError(f"--set: {file}: can't be read as a .npy file: {error}") from None
-    if not isinstance(array, np.ndarray):
-        raise InvalidInputError(f"--set: {file}: got an archive, expected a single array in .npy")
-    return array
 
 
 def _source(given: _Given, truncation: Truncation, field: str) -> Source:

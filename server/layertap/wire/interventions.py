@@ -111,6 +111,8 @@ def _parts(selections: Sequence[feature_service_pb2.AxisSelection]) -> tuple[Par
         if each.HasField("begin") or each.HasField("end"):
             end = each.end if each.HasField("end") else None
             mine.append(Span(each.begin, end, each.step or 1))
+        elif each.step:
+            raise InvalidInputError(f"select: step: got {each.step} without begin or end")
     return tuple(
         Part(axis, tuple(indexes), dimension, heads)
         for (axis, dimension, heads), indexes in found.items()

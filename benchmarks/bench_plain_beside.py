@@ -1,0 +1,148 @@
+"""Are plain requests as fast and as right as before there were gradients and interventions?
+
+Two servers take turns, each from a checkout of its own: one of the commit before gradients, and
+this one. So do two callers, each with the client of its checkout. Before anything is timed, every
+plain reply of one server is compared with the other's, bit for bit. In the end, eight threads mix
+plain requests with gradients and interventions on this server, and every reply is compared with
+that of the same request alone.
+
+It needs the other checkout, with its extension:
+
+    git worktree add ../before 67a6b52
+    (cd ../before && $OLDPWD/.venv/bin/python setup.py --quiet build_ext --inplace)
+    PYTHONPATH=server .venv/bin/python -W ignore benchmarks/bench_plain_beside.py --before ../before
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import common
+import report
+from checkouts import Caller, Checkout
+
+NET = "resnet18"
+BEFORE, NOW = "before", "now"
+CALLS = 20
+WAKING = 2
+"""Calls at the beginning of a turn that are not counted: they wake up what slept meanwhile."""
+
+# The last two compute next to nothing, so that what is timed is the way through the server.
+PLAIN: dict[str, dict[str, Any]] = {
+    "layer1, HOOK": {"side": 224, "layers": "layer1", "extractor": "hook"},
+    "layer1, TORCHSCRIPT": {"side": 224, "layers": "layer1", "extractor": "torchscript"},
+    "conv1 of 32 x 32 pixels, HOOK": {"side": 32, "layers": "conv1", "extractor": "hook"},
+    "conv1 of 32 x 32 pixels, TORCHSCRIPT": {
+        "side": 32, "layers": "conv1", "extractor": "torchscript",
+    },
+}  # fmt: skip
+MIXED: list[dict[str, Any]] = [
+    {"side": 64, "layers": ["layer1", "fc"], "extractor": "hook"},
+    {"side": 64, "layers": ["layer4:gradient", "fc"], "objective": "fc[maximum]"},
+    {"side": 64, "layers": "fc", "interventions": "layer1:channel=0..8:zero"},
+    {"side": 64, "layers": "layer1", "extractor": "torchscript"},
+    {"side": 64, "layers": ["layer4:grad_cam"], "objective": "fc[1]",
+     "interventions": ["layer1:scale=0.5"]},
+    {"side": 64, "layers": "fc", "interventions": [["layer1:channel=1:zero"], ["layer2:scale=2"]]},
+]  # fmt: skip
+THREADS = 8
+
+
+def is_plain(request: dict[str, Any]) -> bool:
+    """Return whether the checkout before gradients has the request."""
+    return not {"objective", "interventions"} & request.keys()
+
+
+def check(callers: dict[str, Caller]) -> int:
+    """Return how many plain replies were compared; stop where the servers' bits differ."""
+    requests = {**PLAIN, **{str(each): each for each in MIXED if is_plain(each)}}
+    for name, request in requests.items():
+        before, now = (callers[side].digests(request) for side in (BEFORE, NOW))
+        if before != now:
+            raise SystemExit(f"{name}: the servers' values differ: {before} and {now}")
+    return len(requests)
+
+
+def latencies(callers: dict[str, Caller], rounds: int) -> dict[str, Any]:
+    """Time a lone caller of each server, in turns."""
+    times: dict[str, dict[str, list[float]]] = {name: {BEFORE: [], NOW: []} for name in PLAIN}
+    ratios: dict[str, list[float]] = {name: [] for name in PLAIN}
+    for round_ in range(rounds + 1):
+        # Whoever is second finds the machine's caches and clock as the first has left them.
+        sides = (BEFORE, NOW) if round_ % 2 else (NOW, BEFORE)
+        for name, request in PLAIN.items():
+            taken = {side: callers[side].times(request, CALLS)[WAKING:] for side in sides}
+            if not round_:
+                continue  # It warms up.
+            for side in sides:
+                times[name][side] += taken[side]
+            medians = [statistics.median(taken[side]) for side in (NOW, BEFORE)]
+            ratios[name].append(medians[0] / medians[1])
+    rows: dict[str, Any] = {}
+    for name, both in times.items():
+        row = {side: common.quantiles(both[side]) for side in (BEFORE, NOW)}
+        rows[name] = {
+            **row,
+            "ratio of the medians": row[NOW]["p50"] / row[BEFORE]["p50"],
+            "ratio, by round": common.quantiles(ratios[name]),
+        }
+    return rows
+
+
+def run(before: Path, rounds: int, mixed: int) -> dict[str, Any]:
+    """Start both servers and their callers, compare, and time."""
+    checkouts = {BEFORE: Checkout(before), NOW: Checkout(Path(__file__).parents[1])}
+    with ExitStack() as closing:
+        callers = {}
+        for side, checkout in checkouts.items():
+            serving = checkout.serving(
+                NET, "--weights", "random", "--seed", "0", "--layers", "layer1,conv1"
+            )
+            address = closing.enter_context(serving)
+            callers[side] = closing.enter_context(checkout.caller(address, NET))
+        compared = check(callers)
+        rows = latencies(callers, rounds)
+        found = callers[NOW].mix(MIXED, mixed, THREADS)
+    return {
+        "commits": {side: checkout.commit for side, checkout in checkouts.items()},
+        "plain replies of equal bits": compared,
+        "rounds": rounds,
+        "calls in a turn": CALLS - WAKING,
+        "milliseconds": rows,
+        "mixed": {"threads": THREADS, "kinds": len(MIXED), **found},
+    }
+
+
+def main() -> None:
+    """Run the benchmark, and write its results and the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--before", type=Path, required=True, help="the other checkout's root")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--mixed", type=int, default=5000, help="requests in the end")
+    parser.add_argument("--results", type=Path, default=common.RESULTS)
+    options = parser.parse_args()
+    results = run(options.before, options.rounds, options.mixed)
+    for name, row in results["milliseconds"].items():
+        medians = " ".join(f"{side} {row[side]['p50']:8.3f} ms" for side in (BEFORE, NOW))
+        by_round = row["ratio, by round"]
+        print(
+            f"{name:38} {medians}  now / before {row['ratio of the medians']:.3f}"
+            f" (by round {by_round['p25']:.3f} to {by_round['p75']:.3f})"
+        )
+    print(results["mixed"])
+    common.save(
+        "plain_beside",
+        {"machine": common.machine("torch", "torchvision", "grpcio"), **results},
+        options.results,
+    )
+    report.write(options.results)
+    if results["mixed"]["wrong"]:
+        raise SystemExit("replies of mixed requests differ from those of lone ones")
+
+
+if __name__ == "__main__":
+    main()
