@@ -311,7 +311,7 @@ def test_changes_are_applied_to_each_batch(
     np.save(tmp_path / "steer.npy", np.float32(0.5))
     changes = ["features.3:channel=0..4:zero", f"features.3:add=2*@{tmp_path / 'steer.npy'}"]
     flags = [text for change in changes for text in ("--set", change)]
-    _, stored = remote("-l", "features.3", *flags, "--batch-size", "2")
+    result, stored = remote("-l", "features.3", *flags, "--batch-size", "2")
     assert list(stored) == ["ids", "features.3"]
     assert (stored["features.3"][:, :4] == 1).all()
     with Client(address) as client:
@@ -319,6 +319,17 @@ def test_changes_are_applied_to_each_batch(
             plain = client.extract(MODEL, image, "features.3", extractor="hook")["features.3"][0]
             error = np.abs(stored["features.3"][index][4:] - (plain[4:] + 1)).max()
             assert error <= 1e-4 * np.abs(plain).max()
+    *_, zero, add = filter(None, map(str.strip, result.output.splitlines()))
+    places = stored["features.3"][0, 0].size
+    assert zero.split()[:2] == [changes[0], f"{5 * 4 * places:,}"]
+    assert add.split()[1:] == [f"{stored['features.3'].size:,}"] * 2
+    assert "no element got another value" not in result.output
+
+
+def test_a_change_that_changes_nothing_is_a_warning(remote) -> None:
+    """An intervention after which every element of every item has its old value is named."""
+    result, _ = remote("-l", "features.3", "--set", "features.3:scale=1")
+    assert "--set features.3:scale=1: no element got another value" in result.output
 
 
 @pytest.mark.parametrize(

@@ -220,6 +220,25 @@ def test_a_complete_output_is_not_made_again(case: Case) -> None:
     assert (first.shards_written, again.shards_written) == (SHARDS, 0)
 
 
+def test_what_interventions_changed_is_added_up_over_all_runs(case: Case) -> None:
+    """The counts are those of single requests, also if a run was interrupted, or does nothing."""
+    changes = ["layer1:channel=0..2:zero", "layer1:channel=7:scale=1"]
+    output = case.folder / "out.npz"
+    stopped(case, output, interventions=changes)
+    assert 0 < len(Workplace(output).records()) < SHARDS
+    outcomes = [case.run(output, interventions=changes) for _ in range(2)]
+    expected = np.zeros((2, 2), np.int64)
+    for item in np.load(case.items):
+        found = case.model.extract(item[None], "layer1", interventions=changes)
+        reports = [found[f"interventions.{name}"] for name in ("elements", "changed")]
+        expected += np.stack(reports, 1)
+    assert expected[0, 0] > expected[0, 1] > 0
+    for outcome in outcomes:
+        assert [(each.elements, each.changed) for each in outcome.changed] == [
+            tuple(row) for row in expected.tolist()
+        ]
+
+
 @pytest.mark.parametrize("complete", [True, False])
 def test_a_change_is_refused_in_words(case: Case, complete: bool) -> None:
     """An output is neither continued nor replaced by a call that would give other values."""

@@ -40,6 +40,17 @@ def test_receives_large_replies(client: Path, address: str) -> None:
     check([client], address, "large")
 
 
+@pytest.mark.usefixtures("client")
+def test_its_own_checks_pass() -> None:
+    """Its tests pass."""
+    done = subprocess.run(
+        ["cargo", "test", "--quiet", "--target-dir", TARGET],
+        cwd=FOLDER, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 passed" in done.stdout
+
+
 def test_waits_until_ready(client: Path, late_server: FeatureServer) -> None:
     """It sends no request before the server is SERVING."""
     check_waits([client], late_server)

@@ -5,7 +5,12 @@ A client prints a line for each tensor, for each intervention, and for the error
     photo layer1 float32 1x64x56x56 sum=140344.3002 first=1.505641
     photo avgpool:input float32 1x512x7x7 sum=43724.5751 first=1.016828
     tensor avgpool float32 1x512x1x1 sum=336.6542 first=0.215358
-MAPLINES
+    map layer1:grad_cam float32 1x56x56 sum=5.9097 first=0.000616
+    map objective.value float32 1 sum=8.9207 first=8.920695
+    map objective.index int64 1x3 sum=400 first=400
+    changed avgpool:input float32 1x512x7x7 sum=36166.7979 first=0.690792
+    intervention 0 calls=1 elements=6272 changed=4113 norm=38.4223->0.0000
+    intervention 1 calls=1 elements=100352 changed=76292 norm=341.1440->170.5720
     text encoder.layer.1 float32 2x32 sum=0.0000 first=0.358231
     error NOT_FOUND LayerNotFoundError no layer 'no.such.layer'; DescribeModel (...
 

@@ -311,7 +311,10 @@ def extract(
     except KeyboardInterrupt:
         terminal.say("interrupted; run the same command again to continue", logging.WARNING)
         click.get_current_context().exit(_INTERRUPTED)
-    show_outputs(outcome)
+    show_outputs(outcome, changes)
+    for text, each in zip(changes, outcome.changed, strict=False):
+        if not each.changed:
+            terminal.say(f"--set {text}: no element got another value", logging.WARNING)
     if outcome.failures:
         terminal.say(
             f"{len(outcome.failures)} of {len(source)} {source.noun} failed; "

@@ -173,13 +173,24 @@ def _passes(passes: PassDescription | None) -> str:
     return ", ".join(filter(None, words))
 
 
-def show_outputs(outcome: Outcome) -> None:
-    """Print the outputs of a run: shape, dtype, and the extractor that captured the layer."""
+def show_outputs(outcome: Outcome, changes: Sequence[str] = ()) -> None:
+    """Print the outputs of a run: shape, dtype, and the extractor that captured the layer.
+
+    Args:
+        outcome: What the run did.
+        changes: The texts of its interventions, whose elements are counted in a second table.
+    """
     table = _table("layer", "shape", "dtype", "extractor")
     for name, output in outcome.outputs.items():
         varying = ["*"] if output.ragged else []
         shape = ", ".join(map(str, [outcome.rows, *varying, *output.shape]))
         table.add_row(name, f"[{shape}]", output.dtype, outcome.extractor)
+    console().print(table)
+    if not outcome.changed:
+        return  # No item has a row, or the output is that of an older version.
+    table = _table("change", "elements>", "changed>")
+    for text, each in zip(changes, outcome.changed, strict=True):
+        table.add_row(text, f"{each.elements:,}", f"{each.changed:,}")
     console().print(table)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from layertap.dataset.changed import Changed, added_up
 from layertap.dataset.manifest import Failure
 from layertap.dataset.rows import RowRules
 from layertap.dataset.runners import Answer, Worker
@@ -39,6 +40,7 @@ class BatchResult:
         read_seconds: How long reading took.
         input_bytes: The size of what was read.
         timings: The timings of the pass.
+        changed: What each intervention changed.
     """
 
     items: list[int] = field(default_factory=list)
@@ -48,6 +50,7 @@ class BatchResult:
     read_seconds: float = 0.0
     input_bytes: int = 0
     timings: Timings = field(default_factory=Timings)
+    changed: tuple[Changed, ...] = ()
 
 
 class Batches:
@@ -131,6 +134,7 @@ class Batches:
         }
         result.items = list(contents)
         result.extractor, result.timings = answer.extractor, answer.timings
+        result.changed = answer.changed
 
     def _answer(
         self, worker: Worker, given: InputLike, extractor: Extractor, fallback: bool
@@ -154,6 +158,7 @@ class Batches:
     ) -> None:
         """Run each item by itself, as the error does not say which one is at fault."""
         rows: list[Mapping[str, np.ndarray]] = []
+        changed: list[tuple[Changed, ...]] = []
         kept: list[int] = []
         for index, content in contents.items():
             try:
@@ -162,8 +167,10 @@ class Batches:
                 self._fail(index, _detail(error), result, error)
             else:
                 rows.append(result.rows)
+                changed.append(result.changed)
                 kept.append(index)
         result.items = kept
+        result.changed = added_up(changed)
         if kept:
             result.rows = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 

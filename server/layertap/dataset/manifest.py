@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from layertap.dataset.changed import Changed, changed_from
 from layertap.dataset.durable import (
     TEMPORARY,
     output_errors,
@@ -85,6 +86,7 @@ class ShardRecord:
         nbytes: The size of the file.
         sha256: The checksum of the file.
         failures: The items that failed.
+        changed: What each intervention changed.
     """
 
     number: int
@@ -93,12 +95,14 @@ class ShardRecord:
     nbytes: int
     sha256: str
     failures: tuple[Failure, ...] = ()
+    changed: tuple[Changed, ...] = ()
 
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> ShardRecord:
         """Return the record in a line of the journal."""
         failures = tuple(Failure(**each) for each in stored["failures"])
-        return cls(**{**stored, "failures": failures})
+        changed = changed_from(stored.get("changed", ()))
+        return cls(**{**stored, "failures": failures, "changed": changed})
 
 
 class Workplace:

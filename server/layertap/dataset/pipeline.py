@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from layertap.dataset.batches import Batches, BatchResult
+from layertap.dataset.changed import Changed, added_up
 from layertap.dataset.manifest import Failure, Plan
 from layertap.dataset.runners import Worker
 from layertap.dataset.shard import ShardBuffer
@@ -57,6 +58,7 @@ class FilledShard:
         missing: The number of batches that are not there yet.
         nbytes: The memory that it takes.
         failed: The items that failed, by the first item of their batch.
+        changed: What each intervention changed.
     """
 
     number: int
@@ -65,6 +67,7 @@ class FilledShard:
     missing: int
     nbytes: int = 0
     failed: dict[int, list[Failure]] = field(default_factory=dict)
+    changed: tuple[Changed, ...] = ()
 
     @property
     def failures(self) -> list[Failure]:
@@ -238,6 +241,7 @@ class Pipeline:
             shard.nbytes += task.nbytes
             shard.missing -= 1
             shard.failed[task.items[0]] = result.failures
+            shard.changed = added_up((shard.changed, result.changed))
             self._done += len(task.items)
             self._failed += len(result.failures)
             filled = not shard.missing

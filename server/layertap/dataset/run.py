@@ -15,6 +15,7 @@ import numpy as np
 from layertap import __version__
 from layertap.dataset.addresses import is_address, local_path
 from layertap.dataset.batches import Batches, BatchResult
+from layertap.dataset.changed import Changed, added_up, changed_from
 from layertap.dataset.durable import output_errors, replacing, sha256_of
 from layertap.dataset.manifest import Facts, Failure, Plan, ShardRecord, Workplace, differences
 from layertap.dataset.pipeline import FilledShard, Pipeline, Progress
@@ -72,6 +73,7 @@ class Outcome:
         extractor: The extractor that captured the layers.
         shards_before: The shards that an earlier run had written.
         shards_written: The shards that this run has written.
+        changed: What each intervention changed in all items of the output.
     """
 
     output: Path | str
@@ -81,6 +83,7 @@ class Outcome:
     extractor: Extractor
     shards_before: int
     shards_written: int
+    changed: tuple[Changed, ...] = ()
 
 
 def extract(
@@ -433,7 +436,7 @@ class _Run:
         rows = shard.buffer.rows()
         failures = tuple(shard.failures)
         if not rows.ids:
-            return ShardRecord(shard.number, "", 0, 0, "", failures)
+            return ShardRecord(shard.number, "", 0, 0, "", failures, shard.changed)
         suffix = self.writer.suffixes[0] if isinstance(self.writer, ShardedFormat) else ".npz"
         name = f"part-{shard.number:05}{suffix}"
 
@@ -444,7 +447,7 @@ class _Run:
                 write_part(path, rows)
 
         size, digest = place.write_shard(name, write)
-        return ShardRecord(shard.number, name, len(rows.ids), size, digest, failures)
+        return ShardRecord(shard.number, name, len(rows.ids), size, digest, failures, shard.changed)
 
     def _finish(
         self,
@@ -463,6 +466,7 @@ class _Run:
             "plan": asdict(plan),
             "rows": sum(record.rows for record in records),
             "failed": len(failures),
+            "changed": [asdict(each) for each in added_up(r.changed for r in records)],
             "files": self._files(records),
         }
         place.finish(_plain(manifest))
@@ -514,4 +518,5 @@ class _Run:
             extractor=Extractor(plan.extractor),
             shards_before=count - written,
             shards_written=written,
+            changed=changed_from(manifest.get("changed", ())),
         )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from layertap.dataset.changed import Changed, changed_of
 from layertap.errors import InvalidInputError, LayertapError
 from layertap.intervention import REPORT_PREFIX
 from layertap.resources import available_cpus
@@ -37,11 +38,13 @@ class Answer:
         arrays: The layers by name.
         extractor: The extractor that captured them.
         timings: How long each part took.
+        changed: What each intervention changed.
     """
 
     arrays: Mapping[str, np.ndarray]
     extractor: Extractor
     timings: Timings
+    changed: tuple[Changed, ...] = ()
 
 
 class Worker(ABC):
@@ -147,7 +150,7 @@ class _LocalWorker(Worker):
             objective=self._objective,
             interventions=self._interventions,
         )
-        return Answer(_of_items(features.numpy()), features.extractor, features.timings)
+        return _answer(features.numpy(), features.extractor, features.timings)
 
     def close(self) -> None:
         pass  # The model is the caller's.
@@ -229,11 +232,12 @@ def _one_set(interventions: Sequence[Intervention]) -> Sequence[Intervention]:
     return interventions
 
 
-def _of_items(arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-    """Return the outputs without reports about a whole batch."""
-    if not any(name.startswith(REPORT_PREFIX) for name in arrays):
-        return arrays
-    return {n: array for n, array in arrays.items() if not n.startswith(REPORT_PREFIX)}
+def _answer(arrays: Mapping[str, np.ndarray], extractor: Extractor, timings: Timings) -> Answer:
+    """Return the answer with the reports about a whole batch apart from the items' outputs."""
+    changed = changed_of(arrays)
+    if changed:
+        arrays = {n: array for n, array in arrays.items() if not n.startswith(REPORT_PREFIX)}
+    return Answer(arrays, extractor, timings, changed)
 
 
 def _words(value: object) -> str:
@@ -281,7 +285,7 @@ class _RemoteWorker(Worker):
             raise
         if isinstance(outcome, LayertapError):
             raise outcome
-        return Answer(_of_items(outcome), outcome.extractor, outcome.timings)
+        return _answer(outcome, outcome.extractor, outcome.timings)
 
     def close(self) -> None:
         if self._stream is not None:
