@@ -9,15 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
-import threading
-from collections import deque
+import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -69,23 +70,27 @@ class Checkout:
         """Serve from a process of its own; yield the address once it is ready."""
         command = [sys.executable, "-W", "ignore", "-m", "layertap", "serve", *arguments]
         command += ["--port", "0", "--metrics-port", "-1", "--plan-cache", "off"]
-        with subprocess.Popen(
-            command, stderr=subprocess.PIPE, text=True, env=self._environment, cwd="/"
-        ) as process:
+        # To a file, as a pipe that nobody reads fills up. Appending, as we read at the same time.
+        with (
+            tempfile.TemporaryFile("a+") as said,
+            subprocess.Popen(command, stderr=said, env=self._environment, cwd="/") as process,
+        ):
             try:
-                assert process.stderr is not None
-                lines: deque[str] = deque(maxlen=20)
-                for line in process.stderr:
-                    lines.append(line)
-                    if "serving" in line:
-                        break
-                else:
-                    raise SystemExit(f"{self._path}: the server did not start\n{''.join(lines)}")
-                # What it writes from here on must not fill the pipe.
-                threading.Thread(target=deque, args=(process.stderr, 0), daemon=True).start()
-                yield lines[-1].split()[-1]
+                yield self._address(process, said)
             finally:
                 process.terminate()
+
+    def _address(self, process: subprocess.Popen[bytes], said: IO[str]) -> str:
+        """Wait until a server is ready, and return its address."""
+        while True:
+            ended = process.poll() is not None
+            said.seek(0)
+            text = said.read()
+            if found := re.search(r"serving .+ on (\S+)\n", text):
+                return found[1]
+            if ended:
+                raise SystemExit(f"{self._path}: the server did not start\n{text}")
+            time.sleep(0.1)
 
     @contextmanager
     def caller(self, address: str, model: str) -> Iterator[Caller]:
