@@ -10,7 +10,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from numbers import Integral, Real
 from typing import Any, NamedTuple, TypedDict, Unpack
@@ -140,6 +140,10 @@ class Span:
         if self.step < 1:
             raise InvalidInputError(f"select: step: got {self.step}, expected from 1")
 
+    def __str__(self) -> str:
+        end = "" if self.end is None else self.end
+        return f"{self.begin}..{end}" + (f"..{self.step}" if self.step > 1 else "")
+
     def indices(self, size: int) -> range:
         """Return the indices in a dimension of a size.
 
@@ -224,6 +228,12 @@ class Part:
     def name(self) -> str:
         """Its name in messages."""
         return f"dim{self.dimension}" if self.axis is Axis.DIMENSION else self.axis.value
+
+    @property
+    def text(self) -> str:
+        """It in the form of ``Intervention.parse``, such as ``channel=3,8..16``."""
+        indexes = ",".join(map(str, self.indexes))
+        return f"{self.name}={indexes}" + (f":heads={self.heads}" if self.heads else "")
 
     def indices(self, size: int) -> list[int]:
         """Return the selected indices in a dimension of a size.
@@ -415,12 +425,26 @@ class Intervention:
 
     @property
     def summary(self) -> str:
-        """A text that is equal for interventions that do the same."""
-        given = {each.name: getattr(self, each.name) for each in fields(self)}
+        """A short text that is equal only for interventions that do the same: one to read.
+
+        It has the form of ``parse`` but for the operands, of which tensors have their digest.
+        """
+        layer = re.sub(r"([\\:])", r"\\\1", self.layer)
+        side = [self.capture.value] if self.capture is not Capture.OUTPUT else []
+        path = ":".join([layer, *side, *(part.text for part in self.parts), self.operation])
+        operands: dict[str, Any] = {
+            name: getattr(self, name)
+            for name, _, operations in _OPERANDS
+            if self.operation in operations
+        }
+        operands |= {"low": self.low, "high": self.high, "set": self.set or None}
         if self.tensor is not None:
             digest = hashlib.sha256(np.ascontiguousarray(self.tensor).tobytes()).hexdigest()
-            given["tensor"] = f"{self.tensor.dtype}{list(self.tensor.shape)} {digest}"
-        return repr(given)
+            operands["tensor"] = f"{self.tensor.dtype}{list(self.tensor.shape)} {digest}"
+        if self.over:
+            operands["over"] = ",".join(map(str, self.over))
+        given = (f"{name}={value}" for name, value in operands.items() if value is not None)
+        return " ".join([path, *given])
 
     @classmethod
     def zero(cls, layer: str, **where: Unpack[Where]) -> Intervention:

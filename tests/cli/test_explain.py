@@ -101,6 +101,20 @@ def test_the_score_is_that_of_the_best_class_if_none_is_named(
     assert np.array_equal(np.load(files[0]), np.load(files[1]))
 
 
+@pytest.mark.parametrize("suffix", [".npy", ".png"])
+def test_a_map_of_zeros_is_a_warning(photo: str, tmp_path: Path, suffix: str) -> None:
+    """The patches of a vision transformer's last block don't count for the score; others do."""
+    made = tmp_path / f"map{suffix}"
+    for block, zeros in ((0, False), (1, True)):
+        result = explain(
+            "gradnets:tiny_vit", photo, "-l", f"encoder.layers.encoder_layer_{block}",
+            "-o", str(made), "--item-shape", "3,32,32", "--image-mean", "0.5", "--image-std", "0.5",
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+        assert made.exists()
+        assert ("the map is 0 everywhere" in result.output) == zeros
+
+
 def test_a_map_of_the_changed_model(address: str, photo: str, tmp_path: Path) -> None:
     """``--set`` changes values on the way to the score, and a line says what each one changed."""
     near, far, plain = (tmp_path / f"{name}.npy" for name in ("near", "far", "plain"))

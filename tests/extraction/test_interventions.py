@@ -850,3 +850,45 @@ def test_texts_and_methods_make_the_same_interventions() -> None:
     for text, expected in pairs.items():
         found = Intervention.parse(text)
         assert copy.copy(found).summary == expected.summary, text
+        assert found.summary.startswith(text.partition("=")[0]), text
+    assert len({each.summary for each in pairs.values()}) == len(pairs)
+
+
+def test_a_summary_is_short_and_tells_everything_apart() -> None:
+    """It has the form of a text, and is another one if anything of the intervention is."""
+    vector = np.linspace(-1, 1, 4)
+    assert Intervention.zero("a:b", channel=[3, range(4, 9, 2)]).summary == (
+        r"a\:b:channel=3,4..9..2:zero"
+    )
+    assert Intervention.scale("a", 0.5, y=slice(2, None)).of_input().summary == (
+        "a:input:y=2..:scale factor=0.5"
+    )
+    different = [
+        Intervention.zero("a"),
+        Intervention.zero("a").of_input(),
+        Intervention.zero("a", channel=1),
+        Intervention.zero("a", y=1),
+        Intervention.zero("a", dims={1: 1}),
+        Intervention.zero("a", channel=range(1, 4)),
+        Intervention.zero("a", channel=range(1, 4, 2)),
+        Intervention.zero("a", channel=slice(1, None)),
+        Intervention.zero("a", head=1, heads=2),
+        Intervention.zero("a", head=1, heads=4),
+        Intervention.set_to("a", 0.0),
+        Intervention.set_to("a", -0.0),
+        Intervention.clamp("a", low=0),
+        Intervention.clamp("a", high=0),
+        Intervention.noise("a", 1, seed=1),
+        Intervention.noise("a", 1, seed=2),
+        Intervention.patch("a", 0),
+        Intervention.patch("a", 1),
+        Intervention.mean("a", ["y", "x"]),
+        Intervention.mean("a", ["y", 1]),
+        Intervention.add("a", vector),
+        Intervention.add("a", vector.astype(np.float32)),
+        Intervention.add("a", vector, factor=2),
+        Intervention.add("a", -vector),
+        Intervention.replace("a", vector),
+        *parse_interventions([["a:zero"], ["a:zero"]]),
+    ]
+    assert len({each.summary for each in different}) == len(different)

@@ -26,6 +26,10 @@ __all__ = ["explain"]
 _FORMS = {".png": MapForm.OVERLAY, ".npy": MapForm.RESIZED}
 _METHODS = {method.value.replace("_", "-"): method for method in Method if method.is_map}
 _RESULT = "[argmax]"
+_BLANK = (
+    "the map is 0 everywhere: no place of this layer counts for the score. After the last block of "
+    "a vision transformer, for example, only the class token counts; take an earlier layer"
+)
 
 
 @click.command(short_help="Show where in an image a layer decides for a score.")
@@ -110,7 +114,7 @@ def explain(
             found = client.extract(
                 model, image, selection, objective=aim, interventions=interventions
             )
-            _write(output, found, changes)
+            blank = _write(output, found, changes)
     else:
         with terminal.busy(f"loading {model}"):
             local = local_model(model, flags)
@@ -120,7 +124,9 @@ def explain(
             found = local.extract(
                 image, selection, objective=aim, interventions=interventions
             ).numpy()
-            _write(output, found, changes)
+            blank = _write(output, found, changes)
+    if blank:
+        terminal.say(_BLANK, logging.WARNING)
 
 
 def _selection(layer: str, method: Method, form: MapForm) -> LayerSelection:
@@ -143,8 +149,12 @@ def _form(output: Path) -> MapForm:
     return _FORMS[output.suffix.lower()]
 
 
-def _write(output: Path, found: Mapping[str, np.ndarray], changes: Sequence[str]) -> None:
-    """Write the map, and say what it explains and what interventions changed."""
+def _write(output: Path, found: Mapping[str, np.ndarray], changes: Sequence[str]) -> bool:
+    """Write the map, and say what it explains and what interventions changed.
+
+    Returns:
+        Whether the map is 0 everywhere, so that a picture has no colour.
+    """
     import numpy as np
 
     from layertap.cli.png import png
@@ -164,3 +174,5 @@ def _write(output: Path, found: Mapping[str, np.ndarray], changes: Sequence[str]
     click.echo(", ".join(words))
     for line in described_changes(changes, found):
         click.echo(line)
+    # The largest magnitude of a map always has a colour, so a gray picture is one of zeros.
+    return not made.any() if made.ndim == 2 else bool((made == made[..., :1]).all())
