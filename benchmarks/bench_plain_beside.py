@@ -31,6 +31,9 @@ CALLS = 20
 WAKING = 2
 """Calls at the beginning of a turn that are not counted: they wake up what slept meanwhile."""
 
+WARMING = 3
+"""Rounds that are not counted: a server goes on proving plans for a while after it is ready."""
+
 # The last two compute next to nothing, so that what is timed is the way through the server.
 PLAIN: dict[str, dict[str, Any]] = {
     "layer1, HOOK": {"side": 224, "layers": "layer1", "extractor": "hook"},
@@ -71,13 +74,13 @@ def latencies(callers: dict[str, Caller], rounds: int) -> dict[str, Any]:
     """Time a lone caller of each server, in turns."""
     times: dict[str, dict[str, list[float]]] = {name: {BEFORE: [], NOW: []} for name in PLAIN}
     ratios: dict[str, list[float]] = {name: [] for name in PLAIN}
-    for round_ in range(rounds + 1):
+    for round_ in range(-WARMING, rounds):
         # Whoever is second finds the machine's caches and clock as the first has left them.
         sides = (BEFORE, NOW) if round_ % 2 else (NOW, BEFORE)
         for name, request in PLAIN.items():
             taken = {side: callers[side].times(request, CALLS)[WAKING:] for side in sides}
-            if not round_:
-                continue  # It warms up.
+            if round_ < 0:
+                continue
             for side in sides:
                 times[name][side] += taken[side]
             medians = [statistics.median(taken[side]) for side in (NOW, BEFORE)]

@@ -100,8 +100,8 @@ std::string summary(const v1::Tensor& tensor) {
   return text;
 }
 
-// Prints a line for each intervention: the calls of modules and the elements that it selected, those
-// whose value changed, and the norm of the selected elements before and after.
+// Prints a line for each intervention: the calls of modules and the elements that it selected,
+// those whose value changed, and the norm of the selected elements before and after.
 void show_interventions(const std::map<std::string, const v1::Tensor*>& reports) {
   const Integers calls = integers(*reports.at("interventions.calls"));
   const Integers selected = integers(*reports.at("interventions.elements"));
@@ -129,7 +129,7 @@ void show(v1::FeatureService::Stub& features, const char* what, const v1::Extrac
       reports[tensor.name()] = &tensor;
       continue;
     }
-    std::printf("%s %s %s %s %s\n", what, tensor.name().c_str(), name_of(tensor.dtype()).c_str(),
+    std::printf("%s %s %s %s %s\n", what, tensor.name().c_str(), dtype_name(tensor.dtype()).c_str(),
                 shape_text(tensor).c_str(), summary(tensor).c_str());
   }
   if (!reports.empty()) show_interventions(reports);

@@ -96,7 +96,7 @@ void append_float(std::string* bytes, float value) {
   for (int i = 0; i < 4; ++i) bytes->push_back(static_cast<char>(bits >> 8 * i & 0xff));
 }
 
-std::string name_of(v1::DataType dtype) {
+std::string dtype_name(v1::DataType dtype) {
   constexpr std::string_view kPrefix = "DATA_TYPE_";
   std::string name = v1::DataType_Name(dtype);
   if (name.compare(0, kPrefix.size(), kPrefix) == 0) name.erase(0, kPrefix.size());

@@ -52,7 +52,7 @@ Integers integers(const layertap::v1::Tensor&&) = delete;
 void append_float(std::string* bytes, float value);
 
 // An element type's name as numpy has it, such as float32.
-std::string name_of(layertap::v1::DataType dtype);
+std::string dtype_name(layertap::v1::DataType dtype);
 
 // A shape as text, such as 1x64x56x56.
 std::string shape_text(const layertap::v1::Tensor& tensor);

@@ -82,5 +82,5 @@ int main() {
   v1::Tensor whole = tensor_of(v1::DATA_TYPE_INT64, {2});
   whole.set_data(kLongBytes);
   expect(integers(whole).size() == 2, "a tensor of whole numbers has its elements");
-  expect(name_of(whole.dtype()) == "int64", "an element type has its name");
+  expect(dtype_name(whole.dtype()) == "int64", "an element type has its name");
 }

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import re
+import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +22,7 @@ from layertap.engine import Engine
 from layertap.models import ModelSpec
 from serving import running_server
 
+ROOT = Path(__file__).resolve().parents[2]
 TINY = ("--weights", "random", "--item-shape", "3,64,64")
 
 
@@ -101,6 +105,30 @@ def test_the_score_is_that_of_the_best_class_if_none_is_named(
     assert np.array_equal(np.load(files[0]), np.load(files[1]))
 
 
+def test_the_commands_of_the_docs_run(
+    address: str, photo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those for resnet18 on the pages of gradients and interventions write the files they name."""
+    pages = (ROOT / "docs" / f"{name}.md" for name in ("gradients", "interventions"))
+    lines = [
+        line
+        for page in pages
+        for line in page.read_text("utf-8").splitlines()
+        if re.match("layertap (explain|extract) resnet18 photo.jpg ", line)
+    ]
+    assert len(lines) == 4
+    shutil.copy(photo, tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    for line in lines:
+        _, *args = shlex.split(line.replace("127.0.0.1:8001", address))
+        local = [] if "--server" in args else TINY
+        result = CliRunner().invoke(main, [*args, *local])
+        assert result.exit_code == 0, result.output
+        written = Path(args[args.index("-o") + 1])
+        assert written.stat().st_size > 100
+        written.unlink()
+
+
 @pytest.mark.parametrize("suffix", [".npy", ".png"])
 def test_a_map_of_zeros_is_a_warning(photo: str, tmp_path: Path, suffix: str) -> None:
     """The patches of a vision transformer's last block don't count for the score; others do."""
@@ -181,12 +209,11 @@ def test_the_picture_of_the_docs_is_what_the_example_draws(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The example draws red over the orange disc, blue over the square, and gray elsewhere."""
-    root = Path(__file__).resolve().parents[2]
-    monkeypatch.syspath_prepend(root / "examples" / "python")
+    monkeypatch.syspath_prepend(ROOT / "examples" / "python")
     overlay = importlib.import_module("overlay")
     monkeypatch.setattr(sys, "argv", ["overlay.py", str(tmp_path / "made.png")])
     overlay.main()
-    files = tmp_path / "made.png", root / "docs" / "gradients_overlay.png"
+    files = tmp_path / "made.png", ROOT / "docs" / "gradients_overlay.png"
     made, shown = (np.asarray(Image.open(file).convert("RGB")).astype(int) for file in files)
     assert np.abs(made - shown).max() <= 2
     right = made[:, overlay.SIDE :]
