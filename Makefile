@@ -4,6 +4,9 @@ BIN := .venv/bin
 GEN := .venv-gen/bin/python tools/gen_proto.py
 CSRC := setup.py $(wildcard csrc/*.*)
 
+# Tests start hundreds of Python processes, each of which would compile our source anew.
+export PYTHONDONTWRITEBYTECODE :=
+
 soak: SECONDS ?= 300
 chaos: SECONDS ?= 10
 fuzz: SECONDS ?= 60

@@ -15,6 +15,7 @@ import torch
 
 import gradnets
 import layertap
+from kept import kept
 from layertap import (
     AsyncClient,
     Capture,
@@ -47,7 +48,7 @@ SPEC = ModelSpec("gradnets:residual", item_shape=gradnets.IMAGE, input_dtype="fl
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
     """An engine with one net."""
-    engine = Engine()
+    engine = Engine(plan_cache=kept())
     engine.load(SPEC)
     yield engine
     engine.close()

@@ -16,6 +16,7 @@ import torch
 import gradnets
 import layertap
 from infering import given, output, parameters
+from kept import kept
 from layertap import AsyncClient, Client, Intervention, Span, StreamRequest, errors
 from layertap.engine import Engine
 from layertap.inference import grpc_service_pb2 as infer
@@ -54,7 +55,7 @@ EVERY: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
     """An engine with one net."""
-    engine = Engine(threads=1, instances=2)
+    engine = Engine(threads=1, instances=2, plan_cache=kept())
     engine.load(SPEC)
     yield engine
     engine.close()
