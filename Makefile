@@ -4,6 +4,9 @@ BIN := .venv/bin
 GEN := .venv-gen/bin/python tools/gen_proto.py
 CSRC := setup.py $(wildcard csrc/*.*)
 
+# Tests start hundreds of Python processes, each of which would compile our source anew.
+export PYTHONDONTWRITEBYTECODE :=
+
 soak: SECONDS ?= 300
 chaos: SECONDS ?= 10
 fuzz: SECONDS ?= 60
@@ -23,10 +26,11 @@ demo: .venv/.built ## start a server, ask it for layers, show what comes back
 serve: .venv/.built ## serve a model: make serve ARGS="--help"
 	$(BIN)/layertap serve $(ARGS)
 
-# Without ARGS all tests, in one process more than CI has cores, as many tests wait for another
-# process or a timer now and then. Tests of one file stay together, as they share servers.
-test: setup ## run the tests: make test ARGS="tests/wire -k varint"
-	$(BIN)/python -m pytest $(or $(ARGS),-n 3 --dist loadfile --no-loadscope-reorder)
+# Without ARGS all tests but long proofs, in one process more than CI has cores, as many tests wait
+# for another process or a timer now and then. Tests of one file stay together, as they share servers.
+test: setup ## run the tests; LONG=1 runs long proofs too: make test ARGS="tests/wire -k varint"
+	$(BIN)/python -m pytest $(or $(ARGS),-n 3 --dist loadfile --no-loadscope-reorder \
+	  $(if $(LONG),,-m "not long"))
 
 test-clients: setup ## the clients in other languages against a real server
 	$(BIN)/python -m pytest tests/languages/check_*.py $(ARGS)

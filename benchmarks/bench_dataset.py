@@ -104,7 +104,7 @@ def loaded() -> Any:
     """Return layertap's model."""
     import layertap
 
-    return layertap.load(NET, weights=str(weights()), device="cpu")
+    return layertap.load(NET, weights=str(weights()), device="cpu", plan_cache="off")
 
 
 def transforms() -> Any:

@@ -85,7 +85,9 @@ def run(rounds: int) -> dict[str, Any]:
     """Run all ways in turns: single passes five times in each round, what takes long once."""
     x = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     threads = torch.get_num_threads()
-    with layertap.load(NET, weights="random", device="cpu", threads=threads) as model:
+    with layertap.load(
+        NET, weights="random", device="cpu", threads=threads, plan_cache="off"
+    ) as model:
         calls = ways(model, x)
         timed = common.in_turns(calls, rounds, slow=calls.keys() - {PASS, VALUE})
     ratios = {layer: timed[swept(layer)]["p50"] / timed[PASS]["p50"] for layer in LAYERS}

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
+import shutil
+import tempfile
 
 # Before torch is imported, and for the servers that tests start. Their callers are busy on the same
 # cores, where teams of OpenMP threads wait for one another (docs/performance.md).
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # No test may ask the hub of Hugging Face for anything; its client reads this at its import.
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    # A cache for this run only, which all its processes share; see kept.py.
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="layertap-tests-")
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 from collections.abc import Callable
 

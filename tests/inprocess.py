@@ -70,11 +70,11 @@ class Served:
 
 @contextmanager
 def served(*args: str) -> Iterator[Served]:
-    """Serve with the arguments of ``layertap serve``: a free port, no metrics, no plan cache.
+    """Serve with the arguments of ``layertap serve``: a free port, no metrics.
 
     Memory is not kept, which would be for the whole process.
     """
-    common = ("--port", "0", "--metrics-port", "-1", "--plan-cache", "off", "--no-keep-memory")
+    common = ("--port", "0", "--metrics-port", "-1", "--no-keep-memory")
     config, read, file = configured(*common, *args)
     server = Served()
     with ExitStack() as closing:

@@ -137,11 +137,11 @@ class Serving:
 def serving(
     *args: str, fresh: bool = False, environment: Mapping[str, str] | None = None
 ) -> Iterator[Serving]:
-    """Run ``layertap serve``: a free port, no metrics, no plan cache unless told otherwise.
+    """Run ``layertap serve``: a free port and no metrics unless told otherwise.
 
     It is forked where PyTorch is imported already, unless it is to be fresh; see ``Serving``.
     """
-    common = ["--port", "0", "--metrics-port", "-1", "--plan-cache", "off"]
+    common = ["--port", "0", "--metrics-port", "-1"]
     # Libraries read their variables when they are imported.
     fresh = fresh or ENVIRONMENT != UNCHANGED
     server = Serving([*common, *args], environment=environment, fresh=fresh)

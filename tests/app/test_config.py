@@ -11,7 +11,6 @@ from layertap.app.budget import default_mib, excess
 from layertap.app.config import ServerConfig, default_config, with_flags
 from layertap.app.config_file import load_config
 from layertap.app.lifecycle import compute_threads
-from layertap.app.plan_folder import open_plan_cache
 from layertap.errors import ConfigError
 from layertap.resources import available_cpus
 from layertap.selection import Capture, LayerSelection
@@ -121,7 +120,7 @@ def test_every_key_is_read(read, tmp_path: Path) -> None:
     assert (second.spec.input_dtype, second.spec.free_dims) == ("float64", (0,))
     assert (first.options.require_finite, second.options) == (True, HostOptions())
     assert first.options.cuda_graphs == (1, 8)
-    assert open_plan_cache(server) is None
+    assert server.plan_cache == "off"
     assert (server.log_format, server.log_level) == ("json", "info")
     assert server.otel_endpoint == "http://127.0.0.1:4317"
 
@@ -169,15 +168,6 @@ def test_limits_beyond_the_memory_are_warned_of() -> None:
     assert "pending_mib" in warning
 
 
-def test_plans_are_kept_in_the_users_cache_folder(tmp_path: Path, monkeypatch) -> None:
-    """It is the folder of the XDG specification, or the configured one; both are created."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert open_plan_cache(ServerOptions()) is not None
-    assert (tmp_path / "cache/layertap/plans").stat().st_mode & 0o777 == 0o700
-    assert open_plan_cache(ServerOptions(plan_cache=str(tmp_path / "mine"))) is not None
-    assert (tmp_path / "mine").is_dir()
-
-
 def test_a_plan_cache_is_beside_the_file_that_names_it(read, tmp_path: Path, monkeypatch) -> None:
     """A relative folder is relative to the file; ``~``, ``auto`` and ``off`` work too."""
     monkeypatch.setenv("HOME", "/home/someone")
@@ -185,16 +175,6 @@ def test_a_plan_cache_is_beside_the_file_that_names_it(read, tmp_path: Path, mon
     assert read('[server]\nplan_cache = "~/plans"').server.plan_cache == "/home/someone/plans"
     for word in ("auto", "off", "/plans"):
         assert read(f'[server]\nplan_cache = "{word}"').server.plan_cache == word
-
-
-def test_without_a_cache_folder_plans_are_not_kept(tmp_path: Path, monkeypatch, caplog) -> None:
-    """A home without write access is no error; a configured folder without write access is one."""
-    (tmp_path / "file").write_bytes(b"")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert open_plan_cache(ServerOptions()) is None
-    assert "compiled plans are not stored" in caplog.text
-    with pytest.raises(ConfigError, match="plan cache"):
-        open_plan_cache(ServerOptions(plan_cache=str(tmp_path / "file")))
 
 
 def test_modes_never_ask_for_more_than_the_cores() -> None:

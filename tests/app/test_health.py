@@ -13,6 +13,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from kept import kept
 from layertap import Client
 from layertap.app.health import NAME_CHARACTERS, WATCHES
 from layertap.app.server import FeatureServer
@@ -32,7 +33,7 @@ INITIAL_WINDOW_SIZE = 4
 @pytest.fixture
 def server() -> Iterator[FeatureServer]:
     """A server that is ready, without a model."""
-    engine = Engine()
+    engine = Engine(plan_cache=kept())
     with started_server(engine) as server:
         yield server
     engine.close()

@@ -14,6 +14,7 @@ import grpc
 import numpy as np
 import pytest
 
+from kept import kept
 from layertap import Client
 from layertap.app.access_log import AccessLog
 from layertap.app.logs import LogNarrator, configure_logs
@@ -44,7 +45,7 @@ def _own_logging() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    engine = Engine()
+    engine = Engine(plan_cache=kept())
     engine.load(ModelSpec("tinynets:residual", item_shape=ITEM))
     engine.load(ModelSpec("tinynets:raises", item_shape=ITEM))
     yield engine

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from kept import kept
 from layertap import Client, LayertapError
 from layertap.app.http_page import HttpPage
 from layertap.app.metrics import Metrics
@@ -54,7 +55,7 @@ class Served:
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    engine = Engine()
+    engine = Engine(plan_cache=kept())
     engine.load(ModelSpec("tinynets:residual", item_shape=ITEM))
     engine.load(ModelSpec("tinynets:raises", item_shape=ITEM))
     yield engine
@@ -154,7 +155,7 @@ def test_closed_page_frees_its_port(served: Served) -> None:
 
 def test_shows_the_memory_of_the_models_that_serve() -> None:
     """Each served model has the bytes of its parameters and buffers, until it is unloaded."""
-    engine = Engine()
+    engine = Engine(plan_cache=kept())
     page = http_page(Metrics(engine))
     engine.load(ModelSpec("tinynets:heavy", item_shape=(3, 16, 16)))
     weights = 4 * (768 * 4096 + 4096 + 4096 * 8 + 8)

@@ -17,6 +17,7 @@ from prometheus_client.openmetrics.parser import (
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 import layertap
+from kept import kept
 from layertap import Client, LayertapError
 from layertap.app.http_page import HttpPage
 from layertap.app.metrics import Metrics
@@ -45,7 +46,7 @@ Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    engine = Engine()
+    engine = Engine(plan_cache=kept())
     engine.load(ModelSpec("tinynets:residual", item_shape=ITEM))
     engine.load(ModelSpec("tinynets:raises", item_shape=ITEM))
     yield engine
@@ -147,7 +148,7 @@ def test_versions_are_shown(engine: Engine) -> None:
 
 def test_models_are_ready_once_loaded() -> None:
     """A model is 0 once it is expected and 1 once it is loaded; when unloaded it is not shown."""
-    engine = Engine()
+    engine = Engine(plan_cache=kept())
     page = http_page(Metrics(engine))
     ready = frozenset({("model", "residual")})
     try:

@@ -11,6 +11,7 @@ import pytest
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from kept import kept
 from layertap import Client
 from layertap.app.reflection import REFLECTIONS
 from layertap.app.server import FeatureServer
@@ -23,7 +24,7 @@ Request = reflection_pb2.ServerReflectionRequest
 @pytest.fixture
 def server() -> Iterator[FeatureServer]:
     """A server that admits few requests, without a model."""
-    engine = Engine(Limits(pending=2, streams=2))
+    engine = Engine(Limits(pending=2, streams=2), plan_cache=kept())
     with started_server(engine) as server:
         yield server
     engine.close()

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import slownets
+from kept import kept
 from layertap import Client, errors
 from layertap.app.config import ServerConfig
 from layertap.app.health import ModelHealth
@@ -57,7 +58,7 @@ class Scene:
 @pytest.fixture
 def scene(tmp_path: Path) -> Iterator[Scene]:
     """A server whose reloader does not accept requests yet."""
-    engine = Engine()
+    engine = Engine(plan_cache=kept())
     scene = Scene(tmp_path, engine)
     yield scene
     scene.reloader.stop()

@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
 
+from kept import kept
 from layertap import Client, errors
 from layertap.app.server import FeatureServer, ServerOptions
 from layertap.engine import Engine, Limits
@@ -31,7 +32,7 @@ ONE_SECOND = np.full((1, 3, 4, 4), 1000, np.float32)
 @pytest.fixture
 def engine() -> Iterator[Engine]:
     """An engine with a fast and a slow net, and room for few requests."""
-    engine = Engine(Limits(request_bytes=100_000, pending=2))
+    engine = Engine(Limits(request_bytes=100_000, pending=2), plan_cache=kept())
     engine.load(ModelSpec("tinynets:residual", item_shape=ITEM))
     engine.load(ModelSpec("slownets:sleepy", item_shape=(3, 4, 4)))
     yield engine

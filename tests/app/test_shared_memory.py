@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from inprocess import configured
+from kept import kept
 from layertap import Client, errors
 from layertap.app.metrics import Metrics
 from layertap.app.security import Security, open_security
@@ -44,7 +45,7 @@ TOKEN = "0123456789abcdef"
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    engine = Engine()
+    engine = Engine(plan_cache=kept())
     engine.load(ModelSpec("tinynets:residual", item_shape=ITEM))
     yield engine
     engine.close()

@@ -13,6 +13,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from authorities import ADMIN, EXTRACT, UNKNOWN, Authority, token_file
+from kept import kept
 from layertap import Client, Tls, errors
 from layertap.app.security import open_security
 from layertap.app.server import FeatureServer, ServerOptions
@@ -29,7 +30,7 @@ RELOAD = "/layertap.v1.AdminService/ReloadModel"
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
     """An engine with one net."""
-    engine = Engine()
+    engine = Engine(plan_cache=kept())
     engine.load(ModelSpec("tinynets:residual", item_shape=ITEM))
     yield engine
     engine.close()

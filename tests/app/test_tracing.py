@@ -21,6 +21,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from authorities import EXTRACT as EXTRACT_TOKEN
 from authorities import token_file
+from kept import kept
 from layertap import Client, Features, LayertapError
 from layertap.app.security import Security
 from layertap.app.server import FeatureServer, ServerOptions
@@ -58,7 +59,7 @@ class Traced:
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    engine = Engine()
+    engine = Engine(plan_cache=kept())
     engine.load(ModelSpec("tinynets:residual", item_shape=ITEM))
     engine.load(ModelSpec("tinynets:raises", item_shape=ITEM))
     yield engine

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from authorities import Authority
+from kept import kept
 from layertap import Client, Tls
 from layertap.addresses import is_loopback, is_unix, unix_path
 from layertap.app.config_file import load_config
@@ -34,7 +35,7 @@ X = np.random.default_rng(5).random((64, *ITEM), np.float32)
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
     """An engine with a small net."""
-    engine = Engine()
+    engine = Engine(plan_cache=kept())
     engine.load(ModelSpec("tinynets:residual", item_shape=ITEM))
     yield engine
     engine.close()

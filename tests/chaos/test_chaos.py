@@ -7,6 +7,7 @@ import pytest
 from drill import drill
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_server_survives_its_surroundings() -> None:
     """During each fault values are right, calls end and health answers; then it serves again."""

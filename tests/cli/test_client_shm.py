@@ -13,6 +13,7 @@ import grpc
 import pytest
 
 from inprocess import configured
+from kept import kept
 from layertap.app.server import FeatureServer
 from layertap.engine import Engine
 from layertap.inference import grpc_service_pb2 as pb
@@ -26,7 +27,7 @@ SHARED = "system_shared_memory"
 def asking(*flags: str) -> Iterator[Any]:
     """Serve without a model, with the flags of `layertap serve`, and yield a stub."""
     config, _, _ = configured("a", "--port", "0", *flags)
-    engine = Engine()
+    engine = Engine(plan_cache=kept())
     server = FeatureServer(engine, config.server)
     server.start()
     try:

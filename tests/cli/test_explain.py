@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from kept import kept
 from layertap import Client, LayerSelection, MapForm, Method
 from layertap.cli.main import main
 from layertap.cli.png import png
@@ -42,7 +43,7 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """A server with a small resnet18."""
-    engine = Engine()
+    engine = Engine(plan_cache=kept())
     engine.load(ModelSpec("resnet18", weights="random", item_shape=(3, 64, 64)))
     with running_server(engine) as address:
         yield address

@@ -15,6 +15,7 @@ from torchvision import transforms
 
 import severalnets
 from disks import small_disk
+from kept import kept
 from layertap import Client
 from layertap.cli.main import main
 from layertap.engine import Engine
@@ -45,7 +46,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    engine = Engine()
+    engine = Engine(plan_cache=kept())
     engine.load(ModelSpec(MODEL, weights="random", item_shape=(3, SIDE, SIDE)))
     with running_server(engine) as address:
         yield address

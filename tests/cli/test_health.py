@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 from click.testing import CliRunner, Result
 
+from kept import kept
 from layertap.app.metrics import Metrics
 from layertap.app.server import FeatureServer, ServerOptions
 from layertap.cli.main import main
@@ -18,7 +19,7 @@ from serving import http_page
 
 @pytest.fixture
 def server() -> Iterator[FeatureServer]:
-    engine = Engine()
+    engine = Engine(plan_cache=kept())
     server = FeatureServer(engine, ServerOptions(port=0))
     server.start()
     yield server

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
@@ -13,6 +14,7 @@ from google.protobuf.json_format import Parse
 from rich.console import Console
 from rich.table import Table
 
+from kept import kept
 from layertap.cli.main import main
 from layertap.cli.render import _tree, console
 from layertap.engine import Engine, describe
@@ -33,7 +35,7 @@ def layers(*args: str) -> Result:
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    engine = Engine()
+    engine = Engine(plan_cache=kept())
     for net in NETS:
         engine.load(ModelSpec(f"tinynets:{net}", item_shape=ITEM))
     yield engine
@@ -186,3 +188,13 @@ def test_pipes_get_no_escapes(address: str) -> None:
     assert "\x1b" not in output
     assert "…" not in output
     assert console().width > 1000
+
+
+def test_the_catalogue_is_kept_where_the_flag_says(tmp_path: Path) -> None:
+    """The second run shows what the first has measured; without a folder nothing is kept."""
+    folder = tmp_path / "mine"
+    runs = [layers("tinynets:residual", *SHAPE, "--plan-cache", str(folder)) for _ in range(2)]
+    (kept_file,) = folder.glob("*.catalogue")
+    assert kept_file.stat().st_size > 0
+    assert runs[0].output == runs[1].output
+    assert layers("tinynets:residual", *SHAPE, "--plan-cache", "off").output == runs[0].output

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from kept import kept
 from layertap import Client
 from layertap.engine import Engine, Limits
 from layertap.models import ModelSpec
@@ -17,7 +18,7 @@ from tinynets import ITEM
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
     """An engine with a net whose layers are large for a large batch, and two unusual nets."""
-    engine = Engine(Limits(request_bytes=8 * MIB))
+    engine = Engine(Limits(request_bytes=8 * MIB), plan_cache=kept())
     for name in ("residual", "raises", "dynamic"):
         engine.load(ModelSpec(f"tinynets:{name}", item_shape=ITEM))
     yield engine

@@ -14,6 +14,7 @@ import pytest
 
 from authorities import EXTRACT, Authority, token_file
 from gatednets import HELD, gate
+from kept import kept
 from layertap import AsyncClient, Client, Features, StreamRequest, Tls, errors
 from layertap.app.server import FeatureServer, ServerOptions
 from layertap.engine import Engine, Limits
@@ -30,7 +31,7 @@ LARGE = 128
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
     """An engine with two compute threads, so that a blocked request does not block others."""
-    engine = Engine(Limits(streams=2), instances=2)
+    engine = Engine(Limits(streams=2), instances=2, plan_cache=kept())
     engine.load(ModelSpec("tinynets:residual", item_shape=ITEM))
     engine.load(ModelSpec("gatednets:gated", item_shape=GATED_ITEM))
     yield engine
@@ -368,7 +369,7 @@ def test_tls_and_tokens(engine, tmp_path: Path) -> None:
 
 def test_a_full_server_is_asked_again() -> None:
     """With ``retries``, a call that a full server refuses is repeated as often as allowed."""
-    engine = Engine(Limits(pending=1))
+    engine = Engine(Limits(pending=1), plan_cache=kept())
     engine.load(ModelSpec("gatednets:gated", item_shape=GATED_ITEM))
     free = np.zeros((1, *GATED_ITEM), np.float32)
 

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 import layertap
+from kept import kept
 from layertap import Client, LayerSelection, StreamRequest, errors
 from layertap.app.server import FeatureServer, ServerOptions
 from layertap.engine import Engine
@@ -31,7 +32,7 @@ PHOTO = Path(__file__).parents[2] / "examples" / "images" / "grace_hopper.jpg"
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
     """An engine with a net that also takes images, and a slow net."""
-    engine = Engine()
+    engine = Engine(plan_cache=kept())
     engine.load(ModelSpec("tinynets:residual", item_shape=ITEM))
     engine.load(ModelSpec("slownets:sleepy", item_shape=(3, 4, 4)))
     yield engine

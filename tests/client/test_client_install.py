@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from kept import kept
 from layertap.cli.main import _SERVER_PARTS
 from layertap.engine import Engine
 from layertap.models import ModelSpec
@@ -61,7 +62,7 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """A server with a tiny net."""
-    engine = Engine(threads=1)
+    engine = Engine(threads=1, plan_cache=kept())
     try:
         engine.load(ModelSpec("tinynets:residual", item_shape=ITEM))
         with running_server(engine) as address:

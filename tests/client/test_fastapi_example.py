@@ -12,6 +12,7 @@ import httpx
 import numpy as np
 import pytest
 
+from kept import kept
 from layertap import Client
 from layertap.engine import Engine
 from layertap.models import ModelSpec
@@ -24,7 +25,7 @@ PHOTO = EXAMPLES / "images" / "grace_hopper.jpg"
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """A real server of a net that takes images."""
-    engine = Engine()
+    engine = Engine(plan_cache=kept())
     engine.load(ModelSpec("tinynets:residual", item_shape=(3, 32, 32)))
     with running_server(engine) as address:
         yield address

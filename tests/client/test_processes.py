@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from authorities import EXTRACT, Authority, token_file
+from kept import kept
 from layertap import Client, Features, Tls, errors
 from layertap.engine import Engine
 from layertap.models import ModelSpec
@@ -44,7 +45,7 @@ except LayertapError as error:
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """A real server of a small net."""
-    engine = Engine()
+    engine = Engine(plan_cache=kept())
     engine.load(ModelSpec("tinynets:residual", item_shape=ITEM))
     with running_server(engine) as address:
         yield address

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kept import kept
 from layertap import AsyncClient, Client, Features, StreamRequest
 from layertap.app.server import FeatureServer, ServerOptions
 from layertap.client.balance import Attempts, Balance
@@ -95,7 +96,7 @@ class Group:
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
     """An engine with a small net."""
-    engine = Engine()
+    engine = Engine(plan_cache=kept())
     engine.load(ModelSpec("tinynets:residual", item_shape=ITEM))
     yield engine
     engine.close()
@@ -390,7 +391,7 @@ def test_the_documented_client_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (code,) = re.findall(r"## Several servers\n.*?```python\n(.*?)```", page, re.DOTALL)
     Image.new("RGB", (96, 80), (9, 99, 199)).save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
-    engine = Engine()
+    engine = Engine(plan_cache=kept())
     engine.load(ModelSpec("usualnets:resnet10", name="resnet18", item_shape=(3, 64, 64)))
     group = Group(engine, 3)
     for documented, real in zip(DOCUMENTED, group.addresses, strict=True):

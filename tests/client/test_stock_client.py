@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kept import kept
 from layertap import Client
 from layertap.engine import Engine
 from layertap.models import ModelSpec
@@ -79,7 +80,7 @@ def test_stock_stubs_get_the_same_arrays(tmp_path: Path) -> None:
     x = np.random.default_rng(2).random((3, *ITEM), dtype=np.float32)
     np.save(tmp_path / "given.npy", x)
     (tmp_path / "stock.py").write_text(STOCK)
-    engine = Engine()
+    engine = Engine(plan_cache=kept())
     try:
         engine.load(ModelSpec("tinynets:residual", item_shape=ITEM))
         with running_server(engine) as address, Client(address) as client:

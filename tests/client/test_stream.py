@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from gatednets import HELD, gate
+from kept import kept
 from layertap import Client, Features, StreamRequest, errors
 from layertap.app.server import FeatureServer
 from layertap.engine import Engine, Limits
@@ -24,7 +25,7 @@ IN_FLIGHT = 4
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
     """An engine with a compute thread for every item, so that a blocked item blocks no other."""
-    engine = Engine(Limits(streams=2), instances=IN_FLIGHT + 1)
+    engine = Engine(Limits(streams=2), instances=IN_FLIGHT + 1, plan_cache=kept())
     engine.load(ModelSpec("tinynets:residual", item_shape=ITEM))
     engine.load(ModelSpec("gatednets:gated", item_shape=GATED_ITEM))
     yield engine

@@ -303,7 +303,12 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     with layertap.load(
-        "editnets:gpt2", item_shape=(LAST + 1,), input_dtype="int64", device="cpu", threads=1
+        "editnets:gpt2",
+        item_shape=(LAST + 1,),
+        input_dtype="int64",
+        device="cpu",
+        threads=1,
+        plan_cache="off",
     ) as model:
         results = compare(model)
     if options.write:

@@ -611,7 +611,11 @@ def main() -> int:
         # As a factory that layertap imports by its name.
         sys.modules[__name__].factory = subject.factory(torch.float32)  # type: ignore[attr-defined]
         with layertap.load(
-            f"{__name__}:factory", item_shape=subject.item, device="cpu", threads=1
+            f"{__name__}:factory",
+            item_shape=subject.item,
+            device="cpu",
+            threads=1,
+            plan_cache="off",
         ) as model:
             for result in compare(Case(subject, model), MODELS[name]):
                 results.append(result)

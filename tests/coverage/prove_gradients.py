@@ -185,7 +185,9 @@ class _Proof:
                 given["input_dtype"] = "int64"
         limits = Limits(layers=1 << 16, reply_bytes=2047 << 20, pending_bytes=16 << 30)
         source = f"{__name__}:factory"
-        with layertap.load(source, device=self._device, threads=1, limits=limits, **given) as model:
+        with layertap.load(
+            source, device=self._device, threads=1, limits=limits, plan_cache="off", **given
+        ) as model:
             values = self._values(model)
             for size in (2, 1):
                 mine = [value for value in values if value.batched == (size == 2)]

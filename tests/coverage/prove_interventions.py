@@ -208,7 +208,9 @@ class _Proof:
             given = {"item_shape": self._subject.item, "input_dtype": dtype}
         limits = Limits(layers=1 << 16, reply_bytes=2047 << 20, pending_bytes=16 << 30)
         source = f"{__name__}:factory"
-        with layertap.load(source, device="cpu", threads=1, limits=limits, **given) as model:
+        with layertap.load(
+            source, device="cpu", threads=1, limits=limits, plan_cache="off", **given
+        ) as model:
             found = list(_changeable(model))
             chosen = _spread(found)
             row = self._row

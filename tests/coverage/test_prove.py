@@ -7,10 +7,13 @@ from prove import ORDER, Row, Tally, prove, table
 
 from layertap.selection import Extractor
 
+LONGER = [
+    pytest.param(name, marks=pytest.mark.long)
+    for name in ("shufflenet_v2_x0_5", "mobilenet_v3_small", "swin_t")
+]
 
-@pytest.mark.parametrize(
-    "name", ["squeezenet1_1", "shufflenet_v2_x0_5", "mobilenet_v3_small", "swin_t"]
-)
+
+@pytest.mark.parametrize("name", ["squeezenet1_1", *LONGER])
 def test_every_layer_equals_the_reference(name: str) -> None:
     """No extractor returns a wrong value for any layer, and HOOK serves all of them."""
     row = prove(name)

@@ -19,7 +19,13 @@ def net(name: str) -> GradientSubject:
     return next(each for each in own() if each.name == name)
 
 
-@pytest.mark.parametrize("name", ["residual", "splits", "batch_second"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "residual",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("splits", "batch_second")),
+    ],
+)
 def test_interventions_equal_plain_hooks(name: str) -> None:
     """In-place code, second calls, containers and a second batch dimension are all right."""
     row = prove(net(name))

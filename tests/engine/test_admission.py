@@ -16,6 +16,7 @@ from PIL import Image
 
 import oddnets
 from asking import request_for
+from kept import kept
 from layertap import Extractor, LayerSelection, Reduction, errors
 from layertap.engine import Call, Engine, ExtractionRequest, ImageFiles, Inputs, Limits
 from layertap.models import ModelSpec
@@ -62,7 +63,7 @@ def no_gc() -> Iterator[None]:
 @pytest.fixture
 def engine() -> Iterator[Engine]:
     """An engine with room for three requests and for two replies of layer1."""
-    engine = Engine(Limits(pending=3, pending_bytes=5000))
+    engine = Engine(Limits(pending=3, pending_bytes=5000), plan_cache=kept())
     engine.load(ModelSpec("tinynets:chain", item_shape=ITEM))
     yield engine
     engine.close()
@@ -70,7 +71,7 @@ def engine() -> Iterator[Engine]:
 
 def test_one_request_too_many_is_refused_at_once() -> None:
     """Admitted requests are answered; after that the next one is admitted."""
-    engine = Engine(Limits(pending=3))
+    engine = Engine(Limits(pending=3), plan_cache=kept())
     engine.load(ModelSpec("tinynets:chain", item_shape=ITEM))
     gate = Gate(engine, "chain")
     with ThreadPoolExecutor(3) as pool:
@@ -148,7 +149,7 @@ def test_received_bytes_count_as_replies_do(engine) -> None:
 
 def test_what_images_are_decoded_to_counts() -> None:
     """The files, their pixels and the batch count; above the limit all of it is given back."""
-    with closing(Engine(Limits(pending_bytes=1 << 20))) as engine:
+    with closing(Engine(Limits(pending_bytes=1 << 20), plan_cache=kept())) as engine:
         engine.load(ModelSpec("squeezenet1_1", weights="random"))
         files = [encoded(64, 64) for _ in range(2)]
         layers = (LayerSelection("classifier.3", reduction=Reduction.GLOBAL_AVERAGE_POOL),)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from asking import request_for
+from kept import kept
 from layertap import Extractor
 from layertap.batching import BatchPolicy
 from layertap.engine import Call, Engine, ExtractionRequest, HostOptions
@@ -28,7 +29,7 @@ OPERANDS = {
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
     """An engine whose requests may share passes."""
-    engine = Engine()
+    engine = Engine(plan_cache=kept())
     options = HostOptions(batching=BatchPolicy(max_size=8))
     engine.load(ModelSpec("tinynets:residual", item_shape=ITEM), options=options)
     yield engine

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import asking
+from kept import kept
 from layertap import Extractor, Features, errors
 from layertap.batching import BatchPolicy
 from layertap.engine import Engine, HostOptions
@@ -20,7 +21,7 @@ from tinynets import ITEM
 @pytest.fixture
 def engine() -> Iterator[Engine]:
     """An engine without models."""
-    engine = Engine()
+    engine = Engine(plan_cache=kept())
     yield engine
     engine.close()
 

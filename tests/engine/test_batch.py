@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 from PIL import Image
 
+from kept import kept
 from layertap import LayerSelection, errors
 from layertap.engine import Call, Engine, ExtractionRequest, ImageFiles, Inputs, Limits
 from layertap.engine.batch import KEPT_IMAGES
@@ -23,7 +24,7 @@ MOST = PIXELS * KEPT_IMAGES // (ITEM[1] * ITEM[2])
 @pytest.fixture
 def engine() -> Iterator[Engine]:
     """An engine that takes images of 1,000 pixels."""
-    engine = Engine(Limits(pixels=PIXELS))
+    engine = Engine(Limits(pixels=PIXELS), plan_cache=kept())
     engine.load(ModelSpec("tinynets:residual", item_shape=ITEM))
     yield engine
     engine.close()
@@ -61,7 +62,7 @@ def test_images_of_too_many_pixels_together_are_refused(engine) -> None:
 
 def test_images_of_a_size_that_the_model_lacks_are_refused() -> None:
     """If the preprocessing doesn't crop, the size is checked before the model runs."""
-    engine = Engine()
+    engine = Engine(plan_cache=kept())
     images = ImageSettings(resize=(), crop=(), mean=(), std=())
     engine.load(ModelSpec("tinynets:residual", item_shape=ITEM, free_dims=(), images=images))
     try:

@@ -15,6 +15,7 @@ import torch
 
 import asking
 import tinynets
+from kept import kept
 from layertap import Extractor, Features, LayerSelection, errors
 from layertap.engine import Call, Engine, HostOptions, Limits
 from layertap.engine.promotion import PROMOTE_AFTER
@@ -28,7 +29,7 @@ from tinynets import ITEM, residual
 @pytest.fixture
 def engine() -> Iterator[Engine]:
     """An engine that keeps two plans besides the declared ones."""
-    engine = Engine(Limits(plans=2))
+    engine = Engine(Limits(plans=2), plan_cache=kept())
     yield engine
     engine.close()
 
@@ -213,7 +214,7 @@ def test_inputs_by_an_extractor_that_takes_outputs_are_refused(engine) -> None:
 
 def test_a_model_that_keeps_state_runs_one_pass_at_a_time() -> None:
     """Passes of a module that writes attributes could affect each other, so they take turns."""
-    engine = Engine(threads=1, instances=2)
+    engine = Engine(threads=1, instances=2, plan_cache=kept())
     load(engine, "keeps_state")
     host = engine.host("keeps_state")
     assert not host.catalogue.scope.rules.concurrent
@@ -259,7 +260,7 @@ def test_each_device_has_compute_threads_of_its_own(engine) -> None:
 def test_compiled_plans_are_bounded_by_the_memory_of_their_weights() -> None:
     """Each holds the model's weights again: with room for two, the third replaces the oldest."""
     weights = sum(p.nbytes for p in residual().state_dict().values())
-    engine = Engine(Limits(plan_bytes=int(2.5 * weights)))
+    engine = Engine(Limits(plan_bytes=int(2.5 * weights)), plan_cache=kept())
     load(engine, "residual")
     host = engine.host("residual")
     for layer in ("conv1", "layer1", "layer2", "conv1"):
@@ -270,7 +271,7 @@ def test_compiled_plans_are_bounded_by_the_memory_of_their_weights() -> None:
 
 def test_a_model_over_the_budget_is_not_compiled_beside_requests() -> None:
     """There is no memory for a copy of its weights: AUTO uses HOOK; a named TORCHSCRIPT works."""
-    engine = Engine(Limits(plan_bytes=1))
+    engine = Engine(Limits(plan_bytes=1), plan_cache=kept())
     load(engine, "residual")
     for _ in range(2 * PROMOTE_AFTER):
         assert ask(engine, "residual", "layer1").extractor is Extractor.HOOK
@@ -288,7 +289,7 @@ def test_most_models_keep_no_state(engine) -> None:
 
 def test_plans_of_a_model_that_keeps_state_are_built_in_its_turn() -> None:
     """The passes that prove a new plan would affect those of requests, so they take turns."""
-    engine = Engine(threads=1, instances=2)
+    engine = Engine(threads=1, instances=2, plan_cache=kept())
     load(engine, "keeps_state")
     module = tinynets.keeps_state()
     x = np.full((1, *ITEM), 8, np.float32)

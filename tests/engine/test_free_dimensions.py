@@ -12,6 +12,7 @@ import asking
 import inputnets
 import severalnets
 import sizenets
+from kept import kept
 from layertap import Extractor, errors
 from layertap.engine import Engine, Limits
 from layertap.extraction import sizes
@@ -24,7 +25,7 @@ PLANS = 3
 @pytest.fixture
 def engine() -> Iterator[Engine]:
     """An engine without models that keeps few plans."""
-    engine = Engine(Limits(plans=PLANS))
+    engine = Engine(Limits(plans=PLANS), plan_cache=kept())
     yield engine
     engine.close()
 
@@ -161,7 +162,7 @@ def test_state_that_is_written_at_some_sizes_only(engine) -> None:
 
 def test_a_reply_for_another_length_is_refused_before_any_pass(passes) -> None:
     """The bytes of a reply follow from the expressions too, so the limit holds without a pass."""
-    engine = Engine(Limits(reply_bytes=20_000))
+    engine = Engine(Limits(reply_bytes=20_000), plan_cache=kept())
     try:
         engine.load(ModelSpec("inputnets:wave", item_shape=(400,)))
         passes.clear()

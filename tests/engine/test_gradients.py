@@ -10,6 +10,7 @@ import torch
 
 import gradnets
 from asking import request_for
+from kept import kept
 from layertap import Extractor, Features, Objective
 from layertap.engine import Call, Engine
 from layertap.models import ModelSpec
@@ -32,7 +33,7 @@ def ask(engine: Engine, index: int, *, gradients: bool) -> dict[str, np.ndarray]
 
 def test_plain_and_gradient_requests_at_once() -> None:
     """With several passes at once, each reply has the bits that it has alone."""
-    engine = Engine(instances=3, threads=1)
+    engine = Engine(instances=3, threads=1, plan_cache=kept())
     try:
         engine.load(
             ModelSpec("gradnets:residual", item_shape=gradnets.IMAGE, input_dtype="float64")

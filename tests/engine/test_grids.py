@@ -15,6 +15,7 @@ from torch.nn import functional
 
 import asking
 import tinynets
+from kept import kept
 from layertap import (
     Extractor,
     Features,
@@ -45,7 +46,7 @@ X = torch.randn(3, *WIDE, generator=torch.Generator().manual_seed(0))
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
     """An engine with a small ViT, a small ResNet and a net of texts' shape."""
-    engine = Engine(LIMITS)
+    engine = Engine(LIMITS, plan_cache=kept())
     for net in ("patches", "residual"):
         engine.load(ModelSpec(f"tinynets:{net}", item_shape=WIDE))
     yield engine
@@ -182,7 +183,7 @@ def test_the_same_by_a_compiled_program(engine: Engine) -> None:
 
 def test_each_request_of_a_shared_pass_has_its_own_matrix() -> None:
     """Requests that share a pass have equal layers, but not the projections of one another."""
-    engine = Engine()
+    engine = Engine(plan_cache=kept())
     options = HostOptions(batching=BatchPolicy(max_size=8, max_delay=0.2))
     engine.load(ModelSpec("tinynets:chain", item_shape=tinynets.ITEM), options=options)
     xs = [torch.rand(1 + number, *tinynets.ITEM) for number in range(4)]

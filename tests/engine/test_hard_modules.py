@@ -12,6 +12,7 @@ import torch
 
 import asking
 import hardnets
+from kept import kept
 from layertap import Extractor, LayerSelection, errors
 from layertap.engine import Engine
 from layertap.extraction.plan_cache import PlanCache
@@ -25,7 +26,7 @@ ITEM = (3, 16, 16)
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
     """An engine for all tests; see ``load``."""
-    engine = Engine()
+    engine = Engine(plan_cache=kept())
     yield engine
     engine.close()
 
@@ -33,7 +34,7 @@ def engine() -> Iterator[Engine]:
 @pytest.fixture(scope="module")
 def busy() -> Iterator[Engine]:
     """An engine that runs several passes at the same time."""
-    engine = Engine(instances=2, threads=1)
+    engine = Engine(instances=2, threads=1, plan_cache=kept())
     yield engine
     engine.close()
 

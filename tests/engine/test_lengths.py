@@ -14,6 +14,7 @@ import torch
 
 import hfnets
 from asking import ask
+from kept import kept
 from layertap import Client, Extractor, LayerSelection, Projection, Texts
 from layertap.batching import BatchPolicy
 from layertap.engine import Engine, HostOptions
@@ -46,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def engine(folder: Path) -> Iterator[Engine]:
     """An engine with one compute thread, which tests can block."""
-    engine = Engine()
+    engine = Engine(plan_cache=kept())
     engine.load(ModelSpec(f"hf:{folder}"), options=HostOptions(batching=POLICY))
     engine.load(
         ModelSpec("lengthnets:PlainMean", item_shape=(16,)), options=HostOptions(batching=POLICY)
@@ -250,7 +251,7 @@ def test_mixed_callers_under_load_get_the_answers_of_their_own_texts(
     folder: Path,
 ) -> None:
     """Eight callers of a server in throughput mode, single texts and lists, at the same time."""
-    engine = Engine(instances=2)
+    engine = Engine(instances=2, plan_cache=kept())
     engine.load(ModelSpec(f"hf:{folder}"), options=HostOptions(batching=POLICY))
     given = texts(40)
     try:

@@ -10,6 +10,7 @@ import torch
 
 import asking
 import namednets
+from kept import kept
 from layertap import Extractor, Features, LayerSelection, errors
 from layertap.engine import Call, Engine, ExtractionRequest, Inputs
 from layertap.models import ModelSpec
@@ -25,7 +26,7 @@ EXTRACTORS = [Extractor.AUTO, Extractor.HOOK, Extractor.TORCHSCRIPT]
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
     """An engine for all tests; see ``load``."""
-    engine = Engine()
+    engine = Engine(plan_cache=kept())
     yield engine
     engine.close()
 

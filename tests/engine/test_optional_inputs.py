@@ -13,6 +13,7 @@ from torch import nn
 
 import hfnets
 from asking import ask
+from kept import kept
 from layertap import Extractor
 from layertap.engine import Engine, Limits
 from layertap.extraction.verify import COMPILED_TOLERANCE, difference
@@ -42,7 +43,7 @@ FEWEST = 0.9
 
 @pytest.fixture
 def engine() -> Iterator[Engine]:
-    engine = Engine(Limits(), threads=1)
+    engine = Engine(Limits(), threads=1, plan_cache=kept())
     yield engine
     engine.close()
 

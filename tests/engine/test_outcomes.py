@@ -15,6 +15,7 @@ from torch import nn
 
 import guardnets
 from asking import ask, request_for
+from kept import kept
 from layertap import Extractor, Features, errors
 from layertap.batching import BatchPolicy
 from layertap.engine import Call, Engine, Extraction, HostOptions, Limits
@@ -33,7 +34,7 @@ PATIENCE = 60
 
 @pytest.fixture
 def engine() -> Iterator[Engine]:
-    engine = Engine(Limits(), threads=1)
+    engine = Engine(Limits(), threads=1, plan_cache=kept())
     yield engine
     engine.close()
 

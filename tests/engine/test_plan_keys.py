@@ -10,6 +10,7 @@ import torch
 
 import oddnets
 from asking import ask
+from kept import kept
 from layertap import Extractor, LayerSelection, errors
 from layertap.engine import Engine
 from layertap.extraction.verify import COMPILED_TOLERANCE, difference
@@ -21,7 +22,7 @@ from tinynets import ITEM
 @pytest.fixture
 def engine() -> Iterator[Engine]:
     """An engine without models."""
-    engine = Engine()
+    engine = Engine(plan_cache=kept())
     yield engine
     engine.close()
 

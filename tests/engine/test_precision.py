@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import asking
+from kept import kept
 from layertap import Extractor, Features, LayerSelection, errors
 from layertap.engine import Call, Engine, ExtractionRequest, ImageFiles, Inputs
 from layertap.extraction.verify import COMPILED_TOLERANCE, difference
@@ -27,7 +28,7 @@ PHOTO = Path(__file__).parents[2] / "examples" / "images" / "grace_hopper.jpg"
 @pytest.fixture
 def engine() -> Iterator[Engine]:
     """An engine without models."""
-    engine = Engine()
+    engine = Engine(plan_cache=kept())
     yield engine
     engine.close()
 
@@ -35,7 +36,7 @@ def engine() -> Iterator[Engine]:
 @pytest.fixture(scope="module")
 def forms() -> Iterator[Engine]:
     """An engine with the net in every precision and layout, each under a name of its own."""
-    engine = Engine()
+    engine = Engine(plan_cache=kept())
     for precision, channels_last in product(PRECISIONS, (False, True)):
         engine.load(
             ModelSpec(

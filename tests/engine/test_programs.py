@@ -10,6 +10,7 @@ import torch
 
 import proofnets
 from asking import ask
+from kept import kept
 from layertap import Extractor, LayerSelection, errors
 from layertap.engine import Engine, Limits
 from layertap.models import ModelSpec
@@ -19,7 +20,7 @@ from tinynets import ITEM
 
 @pytest.fixture
 def engine() -> Iterator[Engine]:
-    engine = Engine(Limits(), threads=1)
+    engine = Engine(Limits(), threads=1, plan_cache=kept())
     yield engine
     engine.close()
 

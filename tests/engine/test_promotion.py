@@ -13,6 +13,7 @@ import torch
 
 import tinynets
 from asking import ask
+from kept import kept
 from layertap import Extractor, errors
 from layertap.engine import Engine, Limits
 from layertap.engine.host import MAX_PROMOTED
@@ -28,7 +29,7 @@ PATIENCE = 60
 @pytest.fixture(params=[1, 2])
 def engine(request) -> Iterator[Engine]:
     """An engine with room for few plans, so that promoted ones are evicted and built again."""
-    engine = Engine(Limits(plans=3), threads=1, instances=request.param)
+    engine = Engine(Limits(plans=3), threads=1, instances=request.param, plan_cache=kept())
     yield engine
     engine.close()
 

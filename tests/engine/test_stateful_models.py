@@ -13,6 +13,7 @@ import torch
 
 import asking
 import statefulnets
+from kept import kept
 from layertap import Extractor, LayerSelection, errors
 from layertap.engine import Engine, HostOptions
 from layertap.extraction.passes import KeptState
@@ -35,7 +36,7 @@ OF_THE_THREAD = ("PerThread", "OwnChance", "Recurrent", "Fills")
 @pytest.fixture(params=[1, 2], ids=["latency", "throughput"])
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     """An engine of each mode."""
-    engine = Engine(threads=1, instances=request.param)
+    engine = Engine(threads=1, instances=request.param, plan_cache=kept())
     yield engine
     engine.close()
 
@@ -165,7 +166,7 @@ def test_state_that_only_other_sizes_show_is_put_back_too(engine: Engine) -> Non
 @pytest.mark.usefixtures("factories")
 def test_a_sink_that_refuses_does_not_end_a_pass_that_must_run_to_its_end() -> None:
     """A stateful model's pass always runs to its end, whatever happens to its request."""
-    engine = Engine(threads=1)
+    engine = Engine(threads=1, plan_cache=kept())
     load(engine, "Cycles")
     host = engine.host("Cycles")
     ended = []

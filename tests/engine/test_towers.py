@@ -13,6 +13,7 @@ from PIL import Image
 
 import hfnets
 import severalnets
+from kept import kept
 from layertap.engine import Engine
 from layertap.errors import InvalidInputError, ModelLoadError
 from layertap.local import load
@@ -162,7 +163,7 @@ def test_reductions_know_each_tower(model: LocalModel, plain: Any) -> None:
 
 def test_declared_layers_are_compiled_for_their_tower(folder: Path, plain: Any) -> None:
     """AUTO serves them with a compiled plan, whether the other tower runs or not."""
-    engine = Engine()
+    engine = Engine(plan_cache=kept())
     engine.load(ModelSpec(f"hf:{folder}"), (LayerSelection("visual_projection"),))
     ids = torch.randint(0, 60, (2, 16), generator=torch.manual_seed(2))
     try:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from kept import kept
 from layertap import Extractor, Features, LayerSelection, errors
 from layertap.batching import BatchPolicy
 from layertap.engine import Call, Engine, ExtractionRequest, HostOptions, Inputs, Limits
@@ -30,7 +31,7 @@ SLEEPY = ModelSpec("slownets:sleepy", name="net", item_shape=ITEM)
 @pytest.fixture(params=[1, 2])
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     """An engine that runs one pass at a time, or two."""
-    engine = Engine(Limits(pending=8), threads=1, instances=request.param)
+    engine = Engine(Limits(pending=8), threads=1, instances=request.param, plan_cache=kept())
     yield engine
     engine.close()
 
@@ -146,7 +147,7 @@ def test_a_version_that_fails_changes_nothing(
 
 def test_a_full_queue_does_not_refuse_a_new_version(tmp_path: Path) -> None:
     """The server's own work is not refused when requests are, so a busy server can reload."""
-    engine = Engine(Limits(pending=2), threads=1)
+    engine = Engine(Limits(pending=2), threads=1, plan_cache=kept())
     engine.load(SLEEPY)
     with ThreadPoolExecutor(2) as pool:
         slow = [pool.submit(ask, engine, 1000.0, ("conv",), Extractor.HOOK) for _ in range(2)]
@@ -208,7 +209,7 @@ def test_a_version_is_taken_away_after_its_last_user() -> None:
 
 def test_closing_waits_for_what_is_being_unloaded(tmp_path: Path) -> None:
     """The engine is closed once nobody uses the version that was unloaded in the background."""
-    engine = Engine(threads=1)
+    engine = Engine(threads=1, plan_cache=kept())
     engine.load(spec(tmp_path, 1))
     closing = threading.Thread(target=engine.close)
     with engine.lease("net"):
@@ -222,7 +223,7 @@ def test_closing_waits_for_what_is_being_unloaded(tmp_path: Path) -> None:
 
 def test_declared_layers_know_the_batch_sizes_that_requests_share(tmp_path: Path) -> None:
     """No first request waits for a proof that a pass of so many items may be shared."""
-    engine = Engine(threads=1)
+    engine = Engine(threads=1, plan_cache=kept())
     options = HostOptions(batching=BatchPolicy(max_size=4, max_delay=0.01))
     host = engine.load(spec(tmp_path, 1), [LayerSelection("second")], options=options)
     plans = list(host._declared_plans.values())

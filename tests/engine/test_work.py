@@ -20,6 +20,7 @@ import batchnets
 import oddnets
 import tinynets
 from asking import request_for
+from kept import kept
 from layertap import Extractor, LayerSelection, errors
 from layertap.batching import BatchPolicy
 from layertap.engine import Call, Engine, Extraction, HostOptions
@@ -35,7 +36,7 @@ EIGHT = BatchPolicy(max_size=8)
 @pytest.fixture
 def engine() -> Iterator[Engine]:
     """An engine without models."""
-    engine = Engine()
+    engine = Engine(plan_cache=kept())
     yield engine
     engine.close()
 

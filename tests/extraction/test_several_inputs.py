@@ -9,6 +9,7 @@ import torch
 
 import severalnets
 from asking import ask
+from kept import kept
 from layertap.engine import Engine
 from layertap.errors import ModelLoadError
 from layertap.extraction.trial import tried
@@ -135,7 +136,7 @@ def call(net: str, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 def test_every_extractor_that_claims_a_layer_gives_the_fresh_modules_values(net: str) -> None:
     """The model's result, by each extractor that claims it, or a clear refusal."""
     right = call(net, BATCHES[net])
-    engine = Engine()
+    engine = Engine(plan_cache=kept())
     with closing(engine):
         engine.load(ModelSpec(f"severalnets:{net}", name="net", item_shape=SHAPES.get(net)))
         entry = engine.host("net").catalogue.entry("output")

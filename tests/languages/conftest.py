@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 import hfnets
+from kept import kept
 from layertap.app.server import FeatureServer, ServerOptions
 from layertap.engine import Engine
 from processes import serving
@@ -28,7 +29,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture
 def late_server() -> Iterator[FeatureServer]:
     """A server that listens but is not ready, and has no models."""
-    engine = Engine()
+    engine = Engine(plan_cache=kept())
     server = FeatureServer(engine, ServerOptions(port=0))
     server.start()
     yield server

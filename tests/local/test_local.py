@@ -24,6 +24,7 @@ import inputnets
 import layertap
 import statefulnets
 import tinynets
+from kept import kept
 from layertap import (
     Capture,
     Client,
@@ -66,7 +67,7 @@ def spectrum() -> Iterator[LocalModel]:
 @pytest.fixture(scope="module")
 def client() -> Iterator[Client]:
     """A client of a server with the same net."""
-    engine = Engine()
+    engine = Engine(plan_cache=kept())
     engine.load(ModelSpec("tinynets:residual", item_shape=ITEM))
     with running_server(engine) as address, Client(address) as connected:
         yield connected
@@ -505,3 +506,30 @@ print(list(model.extract(torch.rand(1, *ITEM), "layer1")))
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert (done.stdout, done.returncode) == ("['layer1']\n", code), done.stderr
+
+
+def test_a_second_load_verifies_what_the_first_measured(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The catalogue is read from the folder that was named, and serves the same values."""
+    x = torch.randn(2, *ITEM)
+    with load(plan_cache=tmp_path) as first, caplog.at_level("INFO", "layertap"):
+        values = first.extract(x, "*", extractor="hook")
+        assert "an earlier start" not in caplog.text
+        with load(plan_cache=str(tmp_path)) as second:
+            assert "its catalogue is the one of an earlier start" in caplog.text
+            assert second.describe() == first.describe()
+            again = second.extract(x, "*", extractor="hook")
+    assert list(again) == list(values)
+    assert all(torch.equal(again[name], values[name]) for name in values)
+
+
+def test_nothing_is_kept_if_the_plan_cache_is_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default, the user's cache folder gets files; with ``off`` it is not even made."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with load(plan_cache="off"):
+        assert list(tmp_path.iterdir()) == []
+    with load():
+        assert list(tmp_path.rglob("*.catalogue"))

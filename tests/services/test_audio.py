@@ -19,6 +19,7 @@ import transformers
 import hfnets
 from hostile import mutated
 from infering import arrays, bytes_tensor, given, output, parameters
+from kept import kept
 from layertap import Audio, Client
 from layertap.engine import Engine
 from layertap.errors import InvalidInputError
@@ -79,7 +80,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def address(folder: Path) -> Iterator[str]:
     """A server of two wav2vec 2.0, a Whisper, and one model without a feature extractor."""
-    engine = Engine(Limits(audio_samples=2 * RATE, batch=8))
+    engine = Engine(Limits(audio_samples=2 * RATE, batch=8), plan_cache=kept())
     for name in ("wav2vec2", "unmasked", "whisper", "bare"):
         engine.load(ModelSpec(f"hf:{folder / name}", item_shape=None))
     with running_server(engine) as address:

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import pytest
 
+from kept import kept
 from layertap.engine import Call, Engine
 from layertap.errors import CancelledError, DeadlineExceededError
 from layertap.services.caller import Caller, current_caller
@@ -20,7 +21,7 @@ from streams import eventually
 @pytest.fixture(scope="module")
 def channel() -> Iterator[grpc.Channel]:
     """A channel to a server without models."""
-    engine = Engine()
+    engine = Engine(plan_cache=kept())
     with running_server(engine) as address, grpc.insecure_channel(address) as channel:
         yield channel
     engine.close()

@@ -11,6 +11,7 @@ import grpc
 import numpy as np
 import pytest
 
+from kept import kept
 from layertap import Client, errors
 from layertap.engine import Engine
 from layertap.models import ModelSpec
@@ -25,7 +26,7 @@ X = np.zeros((64, *ITEM), np.float32)
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """A real server of a small net."""
-    engine = Engine()
+    engine = Engine(plan_cache=kept())
     engine.load(ModelSpec("tinynets:residual", item_shape=ITEM))
     with started_server(engine) as server:
         yield server.address

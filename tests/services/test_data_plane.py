@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from asking import request_for
+from kept import kept
 from layertap import errors
 from layertap.engine import (
     Engine,
@@ -32,7 +33,7 @@ WANTED = request_for("residual", "layer1", np.zeros((1, *ITEM), np.float32))
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
     """An engine with room for a few requests."""
-    engine = Engine(Limits(pending_bytes=10_000))
+    engine = Engine(Limits(pending_bytes=10_000), plan_cache=kept())
     engine.load(ModelSpec("tinynets:residual", item_shape=ITEM))
     yield engine
     engine.close()

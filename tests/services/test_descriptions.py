@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from kept import kept
 from layertap import LayerSelection
 from layertap.engine import Engine, describe
 from layertap.extraction import CapturePoint, Taps
@@ -27,7 +28,7 @@ OUTPUT, INPUT = catalogue_pb2.CAPTURE_OUTPUT, catalogue_pb2.CAPTURE_INPUT
 @pytest.fixture
 def engine() -> Iterator[Engine]:
     """An engine without models."""
-    engine = Engine()
+    engine = Engine(plan_cache=kept())
     yield engine
     engine.close()
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from gatednets import gate
+from kept import kept
 from layertap import Client
 from layertap.app.server import FeatureServer
 from layertap.engine import Engine, Limits
@@ -43,7 +44,9 @@ def narrow() -> Iterator[Engine]:
 
 
 def loaded(instances: int) -> Iterator[Engine]:
-    engine = Engine(Limits(streams=2, stream_in_flight=PLACES), instances=instances)
+    engine = Engine(
+        Limits(streams=2, stream_in_flight=PLACES), instances=instances, plan_cache=kept()
+    )
     engine.load(ModelSpec("tinynets:residual", item_shape=ITEM))
     engine.load(ModelSpec("gatednets:gated", item_shape=GATED_ITEM))
     yield engine

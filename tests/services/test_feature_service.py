@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from kept import kept
 from layertap import Client, Extractor, LayerSelection, Reduction
 from layertap.engine import Engine, Limits
 from layertap.errors import InvalidInputError
@@ -30,7 +31,7 @@ Code = grpc.StatusCode
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
     """An engine with tiny nets and low limits."""
-    engine = Engine(LIMITS)
+    engine = Engine(LIMITS, plan_cache=kept())
     for name in NETS:
         engine.load(ModelSpec(f"tinynets:{name}", item_shape=ITEM))
     engine.load(ModelSpec("tinynets:containers", name="pairs", item_shape=(2, 16, 16)))

@@ -17,6 +17,7 @@ import torch
 import gradnets
 import layertap
 import tinynets
+from kept import kept
 from layertap import (
     AsyncClient,
     Capture,
@@ -49,7 +50,7 @@ SPEC = ModelSpec("gradnets:residual", item_shape=gradnets.IMAGE, input_dtype="fl
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
     """An engine with a net, and one with modules that never run."""
-    engine = Engine()
+    engine = Engine(plan_cache=kept())
     engine.load(SPEC)
     engine.load(ModelSpec("tinynets:silent", item_shape=tinynets.ITEM))
     yield engine

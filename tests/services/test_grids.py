@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import layertap
+from kept import kept
 from layertap import AsyncClient, Client, LayerSelection, Projection, Regrid, Resize, StreamRequest
 from layertap.engine import Engine
 from layertap.models import ModelSpec
@@ -34,7 +35,7 @@ LAYERS = [
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """The address of a server of one net."""
-    engine = Engine()
+    engine = Engine(plan_cache=kept())
     engine.load(ModelSpec("tinynets:residual", item_shape=ITEM))
     with running_server(engine) as address:
         yield address

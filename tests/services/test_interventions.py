@@ -17,6 +17,7 @@ import gradnets
 import layertap
 import tinynets
 from infering import given, output, parameters
+from kept import kept
 from layertap import AsyncClient, Client, Intervention, Span, StreamRequest, errors
 from layertap.engine import Engine
 from layertap.inference import grpc_service_pb2 as infer
@@ -55,7 +56,7 @@ EVERY: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
     """An engine with a net, and two with modules that never or not always run."""
-    engine = Engine(threads=1, instances=2)
+    engine = Engine(threads=1, instances=2, plan_cache=kept())
     engine.load(SPEC)
     for net in ("silent", "branching"):
         engine.load(ModelSpec(f"tinynets:{net}", item_shape=tinynets.ITEM))

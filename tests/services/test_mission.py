@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from kept import kept
 from layertap import Capture, Client, Extractor, LayerSelection
 from layertap.engine import Engine
 from layertap.errors import ExtractorUnsupportedError
@@ -31,7 +32,7 @@ def engine() -> Iterator[Engine]:
     What loading tries costs by the pixel and by the weight. So the networks are measured at a small
     size, and what the examples say of 224 x 224 is asked for below; see ``usualnets`` for vgg16_bn.
     """
-    engine = Engine()
+    engine = Engine(plan_cache=kept())
     for name in ("resnet18", "resnet34", "vgg16_bn=usualnets:vgg16_bn"):
         engine.load(ModelSpec.parse(name, weights="random", item_shape=(3, SMALL, SMALL)))
     yield engine

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import gradnets
+from kept import kept
 from layertap import Client
 from layertap.engine import Engine
 from layertap.models import ModelSpec
@@ -125,7 +126,7 @@ def fault(question: Question, found: Arrays, expected: Arrays) -> str:
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """A server in throughput mode."""
-    engine = Engine(threads=1, instances=2)
+    engine = Engine(threads=1, instances=2, plan_cache=kept())
     engine.load(SPEC)
     with running_server(engine) as address:
         yield address

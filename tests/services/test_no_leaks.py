@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kept import kept
 from layertap import errors
 from layertap.app.security import open_security
 from layertap.engine import Engine, Limits
@@ -45,7 +46,10 @@ INTERNAL = (
 @pytest.fixture(scope="module")
 def channel() -> Iterator[grpc.Channel]:
     """A channel to a server of a net whose errors name files."""
-    engine = Engine(Limits(request_bytes=200_000, reply_bytes=60_000, batch=100, pixels=10_000))
+    engine = Engine(
+        Limits(request_bytes=200_000, reply_bytes=60_000, batch=100, pixels=10_000),
+        plan_cache=kept(),
+    )
     engine.load(ModelSpec("leakynets:leaky", item_shape=ITEM))
     options = [("grpc.max_send_message_length", -1)]
     try:
@@ -174,7 +178,7 @@ def answering(work: Callable[[], object]) -> Iterator[grpc.Channel]:
 
 
 def load(source: str) -> None:
-    engine = Engine()
+    engine = Engine(plan_cache=kept())
     try:
         engine.load(ModelSpec(source))
     finally:

@@ -16,6 +16,7 @@ import pytest
 
 from gatednets import HELD as HELD_INPUT
 from gatednets import Gate, gate
+from kept import kept
 from layertap import Client
 from layertap.app.metrics import Metrics
 from layertap.app.server import FeatureServer, ServerOptions
@@ -217,7 +218,7 @@ class Busy:
 
     def __init__(self, gate_: Gate) -> None:
         self.gate = gate_
-        self.engine = Engine(Limits(pending=1))
+        self.engine = Engine(Limits(pending=1), plan_cache=kept())
         self.engine.load(ModelSpec("gatednets:gated", name="gated", item_shape=ITEM))
         self.metrics = Metrics(self.engine)
         self.server = FeatureServer(self.engine, ServerOptions(port=0), self.metrics)

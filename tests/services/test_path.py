@@ -13,6 +13,7 @@ import grpc
 import numpy as np
 
 import layertap
+from kept import kept
 from layertap.app.server import FeatureServer
 from layertap.engine import Engine
 from layertap.models import ModelSpec
@@ -116,7 +117,7 @@ def test_a_request_enters_each_file_of_its_path_once() -> None:
     recorder = Recorder(SERVER, begin, set(HELPERS), set(files))
     threading.setprofile(recorder.profile)
     try:
-        engine = Engine()
+        engine = Engine(plan_cache=kept())
         engine.load(ModelSpec("tinynets:residual", item_shape=ITEM))
         server = FeatureServer(engine, ServerOptions(port=0))
         server.start()

@@ -23,6 +23,7 @@ import pytest
 
 from gatednets import gate
 from infering import raw_request
+from kept import kept
 from layertap.app.server import FeatureServer, ServerOptions
 from layertap.engine import Engine, Limits
 from layertap.inference import grpc_service_pb2 as pb
@@ -44,7 +45,12 @@ AROUND = 400
 @contextmanager
 def serving(pending_bytes: int, instances: int = 1) -> Iterator[tuple[FeatureServer, Engine]]:
     """Serve two nets within a budget of bytes; the garbage collector is off."""
-    engine = Engine(Limits(pending_bytes=pending_bytes, batch=8192), threads=1, instances=instances)
+    engine = Engine(
+        Limits(pending_bytes=pending_bytes, batch=8192),
+        threads=1,
+        instances=instances,
+        plan_cache=kept(),
+    )
     engine.load(ModelSpec("tinynets:residual", item_shape=ITEM))
     engine.load(ModelSpec("gatednets:gated", item_shape=GATED_ITEM))
     server = FeatureServer(engine, ServerOptions(port=0, shared_memory_bytes=0), Counting())

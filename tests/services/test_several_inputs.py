@@ -13,6 +13,7 @@ from PIL import Image
 
 import severalnets
 from infering import given
+from kept import kept
 from layertap import Client
 from layertap.engine import Engine
 from layertap.errors import InvalidInputError
@@ -30,7 +31,7 @@ SHAPES = {"optional": (6,), "masked": (6,), "two_images": (3, 8, 8), "takes_dict
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """A server of models that take several inputs."""
-    engine = Engine()
+    engine = Engine(plan_cache=kept())
     for net, shape in SHAPES.items():
         engine.load(ModelSpec(f"severalnets:{net}", item_shape=shape))
     with running_server(engine) as address:

@@ -13,6 +13,7 @@ import torch
 import transformers
 
 import hfnets
+from kept import kept
 from layertap import Client, LayerSelection, Texts
 from layertap.engine import Engine
 from layertap.errors import InvalidInputError
@@ -37,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def address(folder: Path) -> Iterator[str]:
     """A server of that BERT, of a decoder, and of a model without a tokenizer."""
     llama = hfnets.wordpiece(hfnets.saved(folder.parent / "llama", "LlamaModel", **LLAMA))
-    engine = Engine(Limits(text_bytes=2000))
+    engine = Engine(Limits(text_bytes=2000), plan_cache=kept())
     engine.load(ModelSpec(f"hf:{folder}"))
     engine.load(ModelSpec(f"hf:{llama}", attn_implementation="eager"))
     engine.load(ModelSpec(f"hf:{hfnets.bert(folder.parent / 'plain')}"))

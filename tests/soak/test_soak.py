@@ -7,6 +7,7 @@ import pytest
 from endure import soak
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_a_server_endures_bad_clients_and_reloads() -> None:
     """With four times its capacity, kills and reloads, nothing is wrong, lost or growing."""

@@ -56,6 +56,7 @@ def _cases() -> list[object]:
     ]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", _cases())
 def test_every_answer_is_right_or_refused(name: str, found: dict[str, Row]) -> None:

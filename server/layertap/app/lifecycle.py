@@ -21,7 +21,6 @@ from layertap.app.health import ModelHealth
 from layertap.app.http_page import HttpPage
 from layertap.app.narrator import Narrator
 from layertap.app.notify import notify
-from layertap.app.plan_folder import open_plan_cache
 from layertap.app.reload import Reloader
 from layertap.app.security import open_security
 from layertap.app.served_models import ServedModels
@@ -30,6 +29,7 @@ from layertap.app.telemetry import open_telemetry
 from layertap.app.watch import Watcher
 from layertap.engine import Engine, allow_tf32, choose_device
 from layertap.errors import ConfigError, LayertapError
+from layertap.extraction.plan_folder import open_plan_cache
 from layertap.malloc import keep_memory
 from layertap.resources import available_cpus, file_budget, raise_file_limit
 from layertap.services.admin_service import AdminService
@@ -305,4 +305,7 @@ def _engine(config: ServerConfig, narrator: Narrator) -> Engine:
     allow_tf32(options.tf32)
     device = choose_device(options.device)
     instances, threads = compute_threads(options, device)
-    return Engine(config.limits, device, threads, open_plan_cache(options), instances)
+    cache = open_plan_cache(
+        options.plan_cache, options.plan_cache_bytes, catalogues=options.keep_catalogues
+    )
+    return Engine(config.limits, device, threads, cache, instances)

@@ -25,7 +25,10 @@ __all__ = [
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_DEVICE = next(each for each in definitions(ServerOptions) if each.key == "device")
+_DEVICE, _PLAN_CACHE = (
+    next(each for each in definitions(ServerOptions) if each.key == key)
+    for key in ("device", "plan_cache")
+)
 
 
 def local_model_options(*, several: bool = False) -> Callable[[F], F]:
@@ -37,7 +40,7 @@ def local_model_options(*, several: bool = False) -> Callable[[F], F]:
 
     def decorate(function: F) -> F:
         with_server = connection_options(several=several)(function)
-        return setting_flags((*definitions(ModelSpec), _DEVICE))(with_server)
+        return setting_flags((*definitions(ModelSpec), _DEVICE, _PLAN_CACHE))(with_server)
 
     return decorate
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from layertap.engine import Engine, allow_tf32, choose_device
 from layertap.errors import ConfigError
+from layertap.extraction.plan_folder import open_plan_cache
 from layertap.local.model import LocalModel
 from layertap.selection import SelectionLike, parse_selections
-from layertap.settings import Limits, ModelSpec, ServedModel, definitions, replaced
+from layertap.settings import Limits, ModelSpec, ServedModel, ServerOptions, definitions, replaced
 
 __all__ = ["load"]
 
@@ -29,9 +31,13 @@ def load(
     limits: Limits | None = None,
     threads: int | None = None,
     tf32: bool = False,
+    plan_cache: str | Path = "auto",
     **settings: Any,
 ) -> LocalModel:
     """Load a model into this process, and measure its layers by running it.
+
+    What was measured is kept in ``plan_cache``. The next load of the same model, in this or another
+    process, verifies it with one pass instead (docs/lifecycle.md).
 
     Args:
         source: A torchvision model (``"resnet18"``), a timm model (``"timm:NAME"``), a Hugging Face
@@ -55,6 +61,9 @@ def load(
         threads: Cores for one forward pass on a CPU; None leaves it to PyTorch.
         tf32: Whether CUDA may round the operands of float32 convolutions and matrix products to
             TF32. PyTorch has one such setting for the whole process, and this sets it.
+        plan_cache: The folder that keeps catalogues and compiled plans for the next load;
+            ``"auto"`` is that of ``layertap serve`` in the user's cache folder, ``"off"`` keeps
+            nothing.
         settings: Other settings of ``[[models]]`` in a configuration file, by their keys
             (docs/settings.md): ``channels_last``, ``require_finite``, ``image_mean`` and so on.
 
@@ -78,7 +87,8 @@ def load(
     model = replace(model, layers=tuple(parse_selections(layers)))
     model.check()
     allow_tf32(tf32)
-    engine = Engine(limits, device=choose_device(device), threads=threads)
+    cache = open_plan_cache(str(plan_cache), ServerOptions().plan_cache_bytes)
+    engine = Engine(limits, device=choose_device(device), threads=threads, plan_cache=cache)
     try:
         engine.load(model.spec, model.layers, options=model.options)
     except BaseException:

@@ -150,15 +150,15 @@ class ServerOptions:
     plan_cache: Annotated[
         str,
         Setting(
-            "The folder that keeps compiled plans of declared layers for the next start; auto is "
-            "the user's cache folder, off stores nothing.",
+            "The folder that keeps catalogues and the compiled plans of declared layers for the "
+            "next start; auto is the user's cache folder, off keeps nothing.",
             kinds.PLAN_CACHE,
         ),
     ] = "auto"
     keep_catalogues: Annotated[
         bool,
         Setting(
-            "Keep the catalogues of models in that folder too, and use one again if the model, its "
+            "Keep the catalogues of models in that folder, and use one again if the model, its "
             "code, the versions and the machine are the same; a pass verifies it first.",
             kinds.TRUTH,
         ),

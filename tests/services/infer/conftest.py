@@ -8,6 +8,7 @@ from typing import Any
 import grpc
 import pytest
 
+from kept import kept
 from layertap.app.server import FeatureServer
 from layertap.engine import Engine, Limits
 from layertap.models import ModelSpec
@@ -26,7 +27,7 @@ LIMITS = Limits(
 @pytest.fixture(scope="package")
 def engine() -> Iterator[Engine]:
     """An engine with nets that declare layers, and nets that don't."""
-    engine = Engine(LIMITS)
+    engine = Engine(LIMITS, plan_cache=kept())
     engine.load(
         ModelSpec("tinynets:residual", item_shape=ITEM),
         (LayerSelection("layer1"), LayerSelection.parse("avgpool:input=before")),

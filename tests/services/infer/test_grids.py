@@ -10,6 +10,7 @@ import pytest
 
 import asking
 from infering import arrays, batch, output, raw_request
+from kept import kept
 from layertap import Client, LayerSelection
 from layertap.app.server import FeatureServer
 from layertap.engine import Engine
@@ -65,7 +66,7 @@ def test_metadata_says_what_is_sent() -> None:
         "layer1+layer2:pool=2x3=both",
         "layer1=plain",
     ]
-    engine = Engine()
+    engine = Engine(plan_cache=kept())
     try:
         host = engine.load(
             ModelSpec("tinynets:chain", item_shape=ITEM), list(map(LayerSelection.parse, declared))

@@ -12,6 +12,7 @@ import pytest
 
 from gatednets import HELD, gate
 from infering import arrays, batch, given, output, parameters, raw_request
+from kept import kept
 from layertap.app.server import FeatureServer
 from layertap.engine import Engine, Limits
 from layertap.inference import grpc_service_pb2 as pb
@@ -33,7 +34,9 @@ METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
 @pytest.fixture(scope="module")
 def narrow() -> Iterator[Engine]:
     """An engine with a compute thread for every item, and room for four items of a stream."""
-    engine = Engine(Limits(streams=2, stream_in_flight=PLACES), instances=PLACES + 2)
+    engine = Engine(
+        Limits(streams=2, stream_in_flight=PLACES), instances=PLACES + 2, plan_cache=kept()
+    )
     engine.load(ModelSpec("tinynets:residual", item_shape=ITEM))
     engine.load(ModelSpec("gatednets:gated", item_shape=GATED_ITEM))
     yield engine

@@ -14,6 +14,7 @@ import pytest
 import hfnets
 from hostile import mutated
 from infering import arrays, bytes_tensor, given, output, parameters, run_tritonclient
+from kept import kept
 from layertap import Client, Texts
 from layertap.engine import Engine, Limits
 from layertap.inference import grpc_service_pb2 as pb
@@ -30,7 +31,7 @@ Code = grpc.StatusCode
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server of a small BERT with its tokenizer, and of one without."""
     folder = tmp_path_factory.mktemp("models")
-    engine = Engine(Limits(text_bytes=2000, batch=8))
+    engine = Engine(Limits(text_bytes=2000, batch=8), plan_cache=kept())
     engine.load(ModelSpec(f"hf:{hfnets.wordpiece(hfnets.bert(folder / 'bert'))}"))
     engine.load(ModelSpec(f"hf:{hfnets.bert(folder / 'plain')}"))
     with running_server(engine) as address:

@@ -12,6 +12,7 @@ import grpc
 import numpy as np
 
 from infering import arrays, output, raw_request
+from kept import kept
 from layertap import LayerSelection
 from layertap.engine import Engine
 from layertap.inference import grpc_service_pb2 as pb
@@ -44,7 +45,7 @@ def test_an_alias_and_its_values_are_of_one_version(tmp_path: Path) -> None:
 
     Not the old version's layer as the new version computes it.
     """
-    engine = Engine(threads=1)
+    engine = Engine(threads=1, plan_cache=kept())
     old = engine.load(spec(tmp_path, 1), [LayerSelection("first", alias="feature")])
     old.declared = slowly = Slowly(old.declared)
     request = raw_request(
