@@ -62,7 +62,15 @@ class CallerProcesses:
             for _ in range(processes)
         ]
 
-    def load(self, order: dict[str, Any], callers: int, seconds: float, least: int = 0) -> Answered:
+    def load(
+        self,
+        order: dict[str, Any],
+        callers: int,
+        seconds: float,
+        *,
+        least: int = 0,
+        warm: int = WARM_CALLS,
+    ) -> Answered:
         """Let callers call without a pause.
 
         Args:
@@ -70,11 +78,13 @@ class CallerProcesses:
             callers: How many call at once, each on a connection of its own.
             seconds: After this time, no call is begun.
             least: Calls that each makes even if they take longer.
+            warm: Calls that each makes before, which do not count.
         """
         used = self._processes[: min(callers, len(self._processes))]
         shares = [callers // len(used) + (i < callers % len(used)) for i in range(len(used))]
         for process, share in zip(used, shares, strict=True):
-            _tell(process, {**order, "callers": share, "seconds": seconds, "least": least})
+            each = {"callers": share, "seconds": seconds, "least": least, "warm": warm}
+            _tell(process, {**order, **each})
         for process in used:  # Until the slowest has connected and warmed up.
             _hear(process)
         for process in used:
@@ -119,7 +129,7 @@ def _load(connect: Connect, order: dict[str, Any]) -> tuple[list[float], list[fl
 
     def call() -> list[tuple[float, float]]:
         with connect(order) as once:
-            for _ in range(WARM_CALLS):
+            for _ in range(order["warm"]):
                 once()
             warm.wait()
             begin.wait()

@@ -136,8 +136,9 @@ the servers decode and preprocess as torchvision's transform does: layertap by
 [its own code](../docs/images.md), the others by that transform. Machine: {facts}.
 
 - **in process**: the program in the caller, without a server
-- **layertap**: its Python client, which uses [shared memory](../docs/shared_memory.md) for large
-  tensors on the server's machine; **layertap, TCP**: without shared memory
+- **layertap**: `--batching auto`; its Python client, which uses
+  [shared memory](../docs/shared_memory.md) for large tensors on the server's machine;
+  **layertap, TCP**: the same without shared memory
 - **bare gRPC**: the least that a server in Python can be; it takes and returns bytes, and parses,
   checks and counts nothing
 - **PyTriton**: its own gRPC client, dynamic batching as by default, two instances that decode

@@ -1,4 +1,4 @@
-"""layertap, started as its README says, with the weights in a file."""
+"""layertap from the command line, with the weights in a file and `--batching auto`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def serve(threads: int, announce: Announce) -> None:
         save_weights(weights)
         command = [sys.executable, "-m", "layertap", "serve", "resnet18", "--weights", str(weights)]
         command += ["--layers", ",".join(LAYERS), "--threads", str(threads), "--port", "0"]
-        command += ["--metrics-port", "-1", "--plan-cache", "off"]
+        command += ["--batching", "auto", "--metrics-port", "-1", "--plan-cache", "off"]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
             try:
                 assert process.stderr is not None

@@ -56,10 +56,12 @@ def serve(threads: int, announce: Announce) -> None:
     address = f"127.0.0.1:{port}"
 
     def watch() -> None:
-        wait_for(address, "/health")
-        announce(address)
-        sys.stdin.read()
-        os.kill(os.getpid(), signal.SIGTERM)
+        try:
+            wait_for(address, "/health")
+            announce(address)
+            sys.stdin.read()
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
     # A worker for each kind, of which one works at a time: callers ask for one kind only.

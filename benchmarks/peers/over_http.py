@@ -21,7 +21,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_for(address: str, path: str, seconds: float = 120) -> None:
+def wait_for(address: str, path: str, seconds: float = 600) -> None:
     """Wait until a path answers with 200."""
     ends = time.monotonic() + seconds
     while time.monotonic() < ends:

@@ -16,7 +16,7 @@ import sharenets
 from asking import ask, request_for
 from layertap import Extractor, LayerSelection
 from layertap.batching import BatchPolicy
-from layertap.engine import Call, Engine, HostOptions, describe
+from layertap.engine import Call, Engine, HostOptions, describe, sharing
 from layertap.engine.sharing import Decision
 from layertap.extraction.verify import COMPILED_TOLERANCE, difference
 from layertap.models import ModelSpec
@@ -161,27 +161,25 @@ def test_turns_alternate_which_way_is_first() -> None:
     )
 
 
-def test_closing_does_not_wait_for_a_measurement() -> None:
-    """An engine that closes while it measures cancels the rest."""
+def test_closing_cancels_a_measurement(monkeypatch) -> None:
+    """An engine that closes does not wait for the rest of a measurement."""
+    monkeypatch.setattr(sharing, "TURN_SECONDS", 10 * PATIENCE)
     engine = Engine(threads=1)
-    load(engine, "quadratic")
-    batches = items(2)
-    threads = [
-        threading.Thread(
-            target=lambda x=x: [
-                ask(engine, "quadratic", "conv", x, Extractor.HOOK) for _ in "ab" * 4
-            ]
-        )
-        for x in batches
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    begun = threading.Thread(target=engine.close)
-    begun.start()
-    begun.join(PATIENCE)
-    assert not begun.is_alive()
+    load(engine, "steady")
+    ends = time.monotonic() + PATIENCE
+    while not measuring() and time.monotonic() < ends:
+        at_once(engine, "steady", Extractor.HOOK)
+    assert measuring()
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    closing.join(PATIENCE)
+    assert not closing.is_alive()
+    assert not measuring()
+
+
+def measuring() -> bool:
+    """Return whether callers of a measurement are alive."""
+    return any(thread.name.startswith("layertap-sharing") for thread in threading.enumerate())
 
 
 def test_shared_values_are_within_the_tolerance(engine) -> None:

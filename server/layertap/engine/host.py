@@ -618,7 +618,7 @@ class ModelHost:
 
     def _trial(self, plan: Plan, policy: BatchPolicy, call: Call) -> Trial | None:
         """Return what measures shared passes of a plan; None if its requests must not share any."""
-        if policy.max_size == 1 or plan.dynamic:
+        if policy.max_size == 1 or plan.dynamic or plan.gradients or plan.edits:
             return None
         prover = self._builder.prover
 

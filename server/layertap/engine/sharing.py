@@ -47,7 +47,7 @@ MAX_CALLERS = 8
 TURN_SECONDS = 0.1
 """For how long each way is measured in a turn, unless its callers need longer for two calls."""
 
-MAX_DECISIONS = 1024
+MAX_DECISIONS = 256
 
 Once = Callable[[bool], float]
 """Measures one way for a turn, shared passes or single ones; returns the items a second."""
@@ -188,10 +188,10 @@ class Sharing:
         self._measured = policy.measured
         self._together, self._alone = policy.together(), policy.alone()
         self._lock = threading.Lock()
-        self._decisions: OrderedDict[PlanKey, Decision] = OrderedDict()
+        # With the note that says so.
+        self._decisions: OrderedDict[PlanKey, tuple[Decision, str]] = OrderedDict()
         self._before: dict[PlanKey, bool] = {}
         self._running: dict[PlanKey, int] = {}
-        self._notes: OrderedDict[PlanKey, str] = OrderedDict()
         self._call = Call()
         self._promoter: Promoter[PlanKey] | None = None
         if self._measured:
@@ -201,7 +201,7 @@ class Sharing:
     def notes(self) -> tuple[str, ...]:
         """What was decided so far, for people."""
         with self._lock:
-            return tuple(self._notes.values())
+            return tuple(note for _, note in self._decisions.values())
 
     def policy(self, plan: Plan, *, padded: bool) -> BatchPolicy:
         """Return the policy of a plan's requests; ``max_size`` is 1 if they run alone.
@@ -214,8 +214,8 @@ class Sharing:
         if padded or not self._measured:
             return self._together
         with self._lock:
-            decision = self._decisions.get(plan.key)
-        return self._together if decision is not None and decision.shared else self._alone
+            decided = self._decisions.get(plan.key)
+        return self._together if decided is not None and decided[0].shared else self._alone
 
     @contextmanager
     def request(self, plan: Plan) -> Iterator[None]:
@@ -253,23 +253,22 @@ class Sharing:
             return
         with self._lock:
             former = self._decisions.get(plan.key)
-            before = self._before.get(plan.key) if former is None else former.shared
+            before = self._before.get(plan.key) if former is None else former[0].shared
         with trial.callers(call) as once:
             once(True)  # The first passes at a batch size are slow.
             decision = Decision.of(once, before)
         note = f"requests for {self._names_of(plan)} by {plan.kind.name} {decision}"
         _log.info("model %s: %s", self._name, note)
         with self._lock:
-            for decisions, value in ((self._decisions, decision), (self._notes, note)):
-                decisions[plan.key] = value  # type: ignore[assignment]
-                decisions.move_to_end(plan.key)
-                while len(decisions) > MAX_DECISIONS:
-                    decisions.popitem(last=False)
+            self._decisions[plan.key] = decision, note
+            self._decisions.move_to_end(plan.key)
+            while len(self._decisions) > MAX_DECISIONS:
+                self._decisions.popitem(last=False)
 
     def inherit(self, former: Sharing) -> None:
         """Take the decisions of a former version of the model as those before its own."""
         with former._lock:
-            self._before = {key: each.shared for key, each in former._decisions.items()}
+            self._before = {key: each.shared for key, (each, _) in former._decisions.items()}
 
     def close(self) -> None:
         """Stop measuring."""
