@@ -20,6 +20,7 @@ from layertap.engine import Call, Engine, HostOptions, describe, sharing
 from layertap.engine.sharing import Decision
 from layertap.extraction.verify import COMPILED_TOLERANCE, difference
 from layertap.models import ModelSpec
+from layertap.settings.definition import build
 from oracle import outputs_of
 from sharenets import ITEM
 from together import Together
@@ -199,3 +200,21 @@ def test_shared_values_are_within_the_tolerance(engine) -> None:
 
 def threads_of(engine: Engine) -> int:
     return engine.hosts()[0].compute.instances
+
+
+@pytest.mark.parametrize(
+    ("given", "most"),
+    [
+        ({}, 1),
+        ({"max_batch_size": 4}, 4),
+        ({"batching": "off", "max_batch_size": 4}, 1),
+        ({"batching": "auto", "max_batch_size": 4}, 4),
+        ({"batching": "auto"}, 8),
+    ],
+)
+def test_the_settings_together(given, most) -> None:
+    """``auto`` needs no other setting, and a limit that is set holds for it too."""
+    policy = build(HostOptions, given).batching
+    assert policy.most == policy.together().max_size == most
+    assert policy.measured is (given.get("batching") == "auto")
+    assert policy.alone().max_size == 1
