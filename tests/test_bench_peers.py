@@ -14,7 +14,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "LAYERTAP_TEST_PEERS"
-SHOWN = ["in process", "layertap", "layertap, TCP", "bare gRPC"]
+pytestmark = pytest.mark.timeout(900)  # Servers are started.
+
+SHOWN = ["layertap", "layertap, TCP", "bare gRPC"]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=550,
+        timeout=800,
     )
     assert done.returncode == 0, done.stderr
     return folder, done.stdout, mark

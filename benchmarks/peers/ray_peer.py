@@ -30,11 +30,13 @@ def serve(threads: int, announce: Announce) -> None:
     """Serve until standard input ends."""
     os.environ.update(SETTINGS, OMP_NUM_THREADS=str(threads))
     import ray
-    from ray import serve as ray_serve
+    from ray import serve as untyped
     from starlette.requests import Request
     from starlette.responses import Response
 
     from peers.subject import Subject
+
+    ray_serve: Any = untyped
 
     class Replica:
         """Answers all kinds of requests; the path names the kind."""
@@ -55,13 +57,13 @@ def serve(threads: int, announce: Announce) -> None:
             logging_level=logging.ERROR, _node_ip_address="127.0.0.1",
         )  # fmt: skip
         ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
-        deployed: Any = ray_serve.deployment(Replica)
+        deployed = ray_serve.deployment(Replica)
         deployed = deployed.options(max_ongoing_requests=16, ray_actor_options={"num_cpus": 1})
         ray_serve.run(deployed.bind(), route_prefix="/")
         announce(f"127.0.0.1:{port}")
         sys.stdin.read()
         ray_serve.shutdown()
-        ray.shutdown()  # type: ignore[no-untyped-call]
+        ray.shutdown()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

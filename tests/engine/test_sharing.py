@@ -26,7 +26,7 @@ from sharenets import ITEM
 from together import Together
 
 AUTO = BatchPolicy(sharing="auto")
-PATIENCE = 120
+PATIENCE = 40
 
 
 @pytest.fixture(params=[1, 2])
@@ -162,8 +162,9 @@ def test_turns_alternate_which_way_is_first() -> None:
     )
 
 
-def test_closing_cancels_a_measurement(monkeypatch) -> None:
-    """An engine that closes does not wait for the rest of a measurement."""
+@pytest.mark.parametrize("end", [lambda engine: engine.unload("steady"), Engine.close])
+def test_an_unloaded_model_is_not_measured_on(monkeypatch, end) -> None:
+    """Neither a model that is unloaded nor an engine that closes waits for a measurement's end."""
     monkeypatch.setattr(sharing, "TURN_SECONDS", 10 * PATIENCE)
     engine = Engine(threads=1)
     load(engine, "steady")
@@ -171,11 +172,12 @@ def test_closing_cancels_a_measurement(monkeypatch) -> None:
     while not measuring() and time.monotonic() < ends:
         at_once(engine, "steady", Extractor.HOOK)
     assert measuring()
-    closing = threading.Thread(target=engine.close)
-    closing.start()
-    closing.join(PATIENCE)
-    assert not closing.is_alive()
+    ending = threading.Thread(target=end, args=[engine], daemon=True)
+    ending.start()
+    ending.join(PATIENCE)
+    assert not ending.is_alive()
     assert not measuring()
+    engine.close()
 
 
 def measuring() -> bool:
