@@ -13,7 +13,7 @@ fuzz: SECONDS ?= 60
 mutants: COUNT ?= 40
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-clients test-models test-gradients test-beside test-s3 test-interventions test-beside-interventions test-zoo test-packages soak chaos storm fuzz mutants bench bench-cuda bench-dataset bench-sentences perf-analyzer check check-deploy fmt gen clean
+.PHONY: help setup demo serve test test-clients test-models test-gradients test-beside test-s3 test-interventions test-beside-interventions test-zoo test-packages soak chaos storm fuzz mutants bench bench-cuda bench-dataset bench-peers bench-sentences perf-analyzer check check-deploy fmt gen clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -110,6 +110,10 @@ bench-cuda: ## extractors, CUDA graphs and a server on a GPU, in minutes: make b
 bench-sentences: .venv/.built build/sentences/.installed ## sentences a second, beside sentence-transformers
 	PYTHONPATH=server build/sentences/bin/python -W ignore benchmarks/bench_sentences.py $(ARGS)
 
+PEERS := litserve pytriton ray
+bench-peers: .venv/.built $(PEERS:%=build/peers/%/.installed) ## beside PyTriton, LitServe, Ray Serve and bare gRPC: 40 minutes
+	PYTHONPATH=server $(BIN)/python -W ignore benchmarks/bench_peers.py $(ARGS)
+
 bench-dataset: .venv/.built build/dataset/.installed ## photos a second of layertap extract, beside thingsvision: an hour
 	PYTHONPATH=server $(BIN)/python -W ignore benchmarks/bench_dataset.py $(ARGS)
 
@@ -201,6 +205,19 @@ build/dataset/.installed: tools/dataset-requirements.txt .venv/.installed
 	build/dataset/bin/pip install --quiet -c constraints.txt -r $<
 	build/dataset/bin/pip install --quiet --no-deps thingsvision==2.7.3
 	touch $@
+
+# As the one above, an environment for each server that layertap is compared with. An environment that
+# can't be made does not stop the others: its server is then left out, and the results say so.
+# PyTriton's wheel has its own CPython, 3.11 of an early patch level, which can't run the standard library of
+# a later one. So its environment takes the first Python that is early enough.
+PYTRITON_PYTHON ?= $(shell $(BIN)/python tools/peers/early_python.py)
+build/peers/%/.installed: tools/peers/%-requirements.txt .venv/.installed
+	mkdir -p build/peers
+	-rm -rf build/peers/$* && \
+	  $(if $(filter pytriton,$*),$(PYTRITON_PYTHON),$(BIN)/python) -m venv build/peers/$* && \
+	  $(BIN)/python -c 'import site; print("\n".join(site.getsitepackages()))' \
+	  > $$(echo build/peers/$*/lib/python3*/site-packages)/main-environment.pth && \
+	  build/peers/$*/bin/pip install --quiet -r $< && touch $@
 
 # As the one above. s3fs and moto need older versions of what other tests use.
 build/s3/.installed: tools/s3-requirements.txt .venv/.installed

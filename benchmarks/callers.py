@@ -1,17 +1,13 @@
-"""Callers in processes of their own, so that one interpreter's lock does not limit the load.
+"""Callers of a layertap server in processes of their own.
 
-Started as a program it connects, answers orders (a JSON object a line) and ends with its input.
-``Callers`` starts some and spreads the callers among them, each on a channel of its own.
+Started as a program it makes the calls that ``Callers`` orders.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +15,7 @@ import numpy as np
 
 import common
 from layertap import Client, keep_memory
+from loads import CallerProcesses, answer_orders
 
 __all__ = ["PHOTO", "Callers", "tensor"]
 
@@ -39,13 +36,8 @@ class Callers:
     """
 
     def __init__(self, address: str, processes: int) -> None:
-        self._processes = [
-            subprocess.Popen(
-                [sys.executable, "-W", "ignore", __file__, address],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            )
-            for _ in range(processes)
-        ]  # fmt: skip
+        command = [sys.executable, "-W", "ignore", __file__, address]
+        self._processes = CallerProcesses(command, processes)
 
     def load(
         self, model: str, layer: str, callers: int, seconds: float, *, batch: int = 0
@@ -59,72 +51,25 @@ class Callers:
             seconds: For how long.
             batch: Items of the tensor that each sends; 0 for a photograph.
         """
-        used = self._processes[: min(callers, len(self._processes))]
-        shares = [callers // len(used) + (i < callers % len(used)) for i in range(len(used))]
-        for process, share in zip(used, shares, strict=True):
-            order = {"model": model, "layer": layer, "callers": share, "seconds": seconds,
-                     "batch": batch}  # fmt: skip
-            _tell(process, order)
-        for process in used:  # Until the slowest has connected and warmed up.
-            _hear(process)
-        for process in used:
-            _tell(process, {"begin": time.time() + 0.05})
-        times: list[float] = []
-        for process in used:
-            times += _hear(process)
+        order = {"model": model, "layer": layer, "batch": batch}
+        answered = self._processes.load(order, callers, seconds)
+        # An answer after the end was computed partly in the time that is not counted.
+        pairs = zip(answered.ends, answered.times, strict=True)
+        times = [took for end, took in pairs if end <= seconds]
         return {"rate": len(times) / seconds, **common.quantiles(times)}
 
     def close(self) -> None:
         """End the processes."""
-        for process in self._processes:
-            process.communicate()
+        self._processes.close()
 
 
-def _tell(process: subprocess.Popen[str], what: Any) -> None:
-    assert process.stdin is not None
-    print(json.dumps(what), file=process.stdin, flush=True)
-
-
-def _hear(process: subprocess.Popen[str]) -> Any:
-    assert process.stdout is not None
-    return json.loads(process.stdout.readline())
-
-
-def _load(address: str, order: dict[str, Any]) -> list[float]:
+@contextmanager
+def _connect(address: str, order: dict[str, Any]) -> Iterator[Callable[[], object]]:
     given = tensor(order["batch"]) if order["batch"] else PHOTO.read_bytes()
-    warm, begin = (threading.Barrier(order["callers"] + 1) for _ in range(2))
-    at = 0.0
-
-    def call() -> list[float]:
-        with Client(address, timeout=60) as client:
-            for _ in range(2):
-                client.extract(order["model"], given, order["layer"])
-            warm.wait()
-            begin.wait()
-            time.sleep(max(0.0, at - time.time()))
-            ends, times = at + order["seconds"], []
-            while time.time() < ends:
-                taken = common.timed(
-                    lambda: client.extract(order["model"], given, order["layer"]), 1
-                )
-                # An answer after the end was computed partly in the time that is not counted.
-                times += taken if time.time() <= ends else []
-        return times
-
-    with ThreadPoolExecutor(order["callers"]) as pool:
-        taken = [pool.submit(call) for _ in range(order["callers"])]
-        warm.wait()
-        print("true", flush=True)
-        at = json.loads(sys.stdin.readline())["begin"]
-        begin.wait()
-        return [each for times in taken for each in times.result()]
-
-
-def _answer(address: str) -> None:
-    keep_memory()
-    while line := sys.stdin.readline():
-        print(json.dumps(_load(address, json.loads(line))), flush=True)
+    with Client(address, timeout=60) as client:
+        yield lambda: client.extract(order["model"], given, order["layer"])
 
 
 if __name__ == "__main__":
-    _answer(sys.argv[1])
+    keep_memory()
+    answer_orders(lambda order: _connect(sys.argv[1], order))

@@ -16,8 +16,8 @@ def digits(number: float) -> str:
     return f"{number:.{places}f}"
 
 
-def bars(file: Path, panels: Panels) -> None:
-    """Draw milliseconds by panel and row into a PNG file.
+def bars(file: Path, panels: Panels, unit: str = "ms") -> None:
+    """Draw figures of a unit by panel and row into a PNG file.
 
     Each panel has a scale of its own, since a benchmark's columns differ by orders of magnitude.
     Without matplotlib, which only development needs, the chart stays as it is.
@@ -39,7 +39,7 @@ def bars(file: Path, panels: Panels) -> None:
         drawn = axis.barh(places, [rows[n] for n in shown], color=[colours[n] for n in shown])
         axis.bar_label(drawn, fmt=digits, padding=2, fontsize=8)
         axis.set_title(title, fontsize=10)
-        axis.set_xlabel("ms", fontsize=8)
+        axis.set_xlabel(unit, fontsize=8)
         axis.tick_params(labelsize=8)
         axis.margins(x=0.18)
         axis.spines[["top", "right"]].set_visible(False)

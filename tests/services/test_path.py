@@ -37,6 +37,7 @@ HELPERS = {
     "engine/sent_arrays.py": "arrays of selections, of which this request has none",
     "engine/engine.py": "gives the lease of the version and the pipeline",
     "engine/host.py": "looks up layers and plans for the pipeline",
+    "engine/sharing.py": "says whether requests share passes, before the queue and after it",
     "engine/versions.py": "counts the users of a version, from the lease's begin to its end",
     "errors.py": "exceptions",
     "extraction/": "what passes and values are like; the pass itself runs in extraction/taps.py",

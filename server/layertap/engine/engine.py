@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 
 import torch
@@ -18,7 +18,7 @@ from layertap.engine.pipeline import Extraction, ExtractionRequest, Pipeline
 from layertap.engine.reply_form import P
 from layertap.engine.unloading import Unloading
 from layertap.engine.versions import Versions
-from layertap.errors import ConfigError
+from layertap.errors import ConfigError, ModelNotFoundError, UnavailableError
 from layertap.extraction.plan_cache import PlanCache
 from layertap.models import LoadedModel, ModelSpec, load_model
 from layertap.resources import available_cpus
@@ -296,6 +296,8 @@ class Engine:
             preparing=self._preparing(where),
             again=again,
         )
+        with suppress(ModelNotFoundError, UnavailableError):
+            host.sharing.inherit(self._versions.host(model.name).sharing)
         try:
             host.declare(declared, call)
             call.check()

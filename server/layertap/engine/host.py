@@ -15,6 +15,7 @@ from layertap.engine.compute import ComputeThreads
 from layertap.engine.lengths import Lengths
 from layertap.engine.promotion import Promoter
 from layertap.engine.resolve import Resolved, resolve
+from layertap.engine.sharing import MAX_CALLERS, Sharing, Trial
 from layertap.engine.staging import proven_staging
 from layertap.engine.text_batch import names_of_texts
 from layertap.errors import (
@@ -39,6 +40,7 @@ from layertap.extraction.plan import Plan, PlanKey, quoted
 from layertap.extraction.plan_builder import PlanBuilder
 from layertap.extraction.plan_cache import PlanCache, fingerprint
 from layertap.extraction.points import CapturePoint
+from layertap.extraction.samples import ordinary_batch
 from layertap.extraction.taps import Taps
 from layertap.extraction.towers import check_tower
 from layertap.extraction.trial import tried
@@ -48,7 +50,7 @@ from layertap.models import Batch, BatchKey, LoadedModel
 from layertap.models.compiler_import import import_compiler
 from layertap.objective import TermKey
 from layertap.selection import Extractor, LayerSelection
-from layertap.settings import HostOptions, Limits
+from layertap.settings import BatchPolicy, HostOptions, Limits
 
 __all__ = ["ModelHost", "RefusedPlan"]
 
@@ -71,6 +73,9 @@ MAX_OUTCOMES = 8
 Code that looks at a length, for example, has an outcome for each length; requests of any other
 outcome are served by HOOK.
 """
+
+MAX_NAMED = 8
+"""Layers that a note about a plan lists by name."""
 
 MAX_DECLARED_OUTCOMES = 4
 """Maximum number of outcomes for which a declared layer set is compiled at the start."""
@@ -126,6 +131,7 @@ class ModelHost:
         weight_bytes: Bytes of the model's parameters and buffers on its device.
         staging: Copies values from a GPU to the host; None if values are written at once.
         lengths: Which requests may share passes with items of other lengths; None if none may.
+        sharing: Whose requests share passes with others for the same items.
 
     Raises:
         ModelLoadError: If the model can't run on sample input of its own signature.
@@ -195,6 +201,9 @@ class ModelHost:
         self._max_compiled = max(1, limits.plan_bytes // max(1, self.weight_bytes))
         self._promoter: Promoter[PlanKey] = Promoter(self._compile)
         self.lengths = self._lengths(call)
+        self.sharing = Sharing(
+            model.name, self.options.batching, self._trial, self._served, self._names_of
+        )
         self._resolve = lru_cache(maxsize=MAX_RESOLVED)(
             partial(resolve, self.model, self.catalogue, max_layers=limits.layers)
         )
@@ -241,6 +250,7 @@ class ModelHost:
                 for plan in self._build_best(resolved, batch_key, call or Call()):
                     self._warm_batches(plan)
                     recorded = self._record(plan)
+                    self.sharing.decide(recorded, call or Call())
                     with self._lock:
                         self._declared_plans[plan.key] = recorded
 
@@ -459,16 +469,17 @@ class ModelHost:
         ]
 
     def stop_promoting(self) -> None:
-        """Stop compiling layer sets in the background.
+        """Stop compiling layer sets and measuring shared passes in the background.
 
         Call this before a compute thread closes the host. Otherwise closing would wait for a
         compiling step that waits for this compute thread.
         """
         self._promoter.close()
+        self.sharing.close()
 
     def close(self) -> None:
         """Remove the hooks from the model, and drop its plans."""
-        self._promoter.close()
+        self.stop_promoting()
         self._taps.close()
         self._checkpoints.close()
         with self._lock:
@@ -590,7 +601,7 @@ class ModelHost:
 
     def _warm_batches(self, plan: Plan) -> None:
         """Prove and run a declared plan at the batch sizes that its passes may have."""
-        most, prover = self.options.batching.max_size, self._builder.prover
+        most, prover = self.options.batching.most, self._builder.prover
         if most == 1:
             return
         if not self.compute.run(partial(prover.prove_shared, plan), Call()):
@@ -604,6 +615,34 @@ class ModelHost:
             self.compute.run(partial(self.prove_shared, plan, size), Call())
             if size in doubling:  # The other sizes have run twice by now.
                 self.compute.run(partial(prover.warm, plan, size), Call())
+
+    def _trial(self, plan: Plan, policy: BatchPolicy, call: Call) -> Trial | None:
+        """Return what measures shared passes of a plan; None if its requests must not share any."""
+        if policy.max_size == 1 or plan.dynamic or plan.gradients or plan.edits:
+            return None
+        prover = self._builder.prover
+
+        def samples() -> list[Batch]:
+            if plan.outcome:
+                return prover.of_outcome(plan.key, 1)
+            return [ordinary_batch(self.model, 1, plan.batch_key)]
+
+        for size in range(2, min(policy.max_size, MAX_CALLERS) + 1):
+            if not self.compute.run(partial(self.prove_shared, plan, size), call):
+                return None
+        items = [x.map(lambda tensor: tensor.cpu()) for x in self.compute.run(samples, call)]
+        return Trial(plan, items, self.compute, policy, self.on_device) if items else None
+
+    def _served(self, key: PlanKey) -> Plan | None:
+        with self._lock:
+            return (
+                self._declared_plans.get(key) or self._plans.get(key) or self._predictions.get(key)
+            )
+
+    def _names_of(self, plan: Plan) -> str:
+        names = [self.catalogue.name_of(point) for point in plan.points]
+        more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+        return f"{', '.join(names[:MAX_NAMED])}{more}"
 
     def _record(self, plan: Plan) -> Plan:
         """Return a declared plan that replays the batch sizes of the option ``cuda_graphs``."""

@@ -59,7 +59,7 @@ from layertap.models.text import TokenizedTexts
 from layertap.objective import Objective
 from layertap.resources import available_cpus
 from layertap.selection import Extractor, LayerSelection, MapForm
-from layertap.settings import Limits
+from layertap.settings import BatchPolicy, Limits
 from layertap.timings import Timings
 
 __all__ = ["Extraction", "ExtractionRequest", "Pipeline", "publish"]
@@ -236,7 +236,7 @@ class Pipeline:
                 compute,
                 call,
                 key=planned.padding and planned.padding.key,
-                policy=host.options.batching,
+                policy=host.sharing.policy(plan, padded=True),
                 pins=(admitted.received, reserved),
             )
             for each in done:
@@ -329,15 +329,17 @@ class Pipeline:
             reserved.take(plan.edits.bytes_for(x.size))
         items = x.size
         part = Part(work, items, padding.length if padding is not None else 0)
+        policy = host.sharing.policy(plan, padded=padding is not None)
         prepared_ns = time.perf_counter_ns()
-        (done,) = host.compute.run_each(
-            [part],
-            compute,
-            call,
-            key=_key(work),
-            policy=host.options.batching,
-            pins=(admitted.received, reserved),
-        )
+        with host.sharing.request(plan):
+            (done,) = host.compute.run_each(
+                [part],
+                compute,
+                call,
+                key=_key(work, policy),
+                policy=policy,
+                pins=(admitted.received, reserved),
+            )
         if done.arrival is not None:
             done.arrive()
         ended_ns = time.perf_counter_ns()
@@ -452,7 +454,7 @@ def _for_any_number(
     )
 
 
-def _key(work: Work[Any]) -> Hashable:
+def _key(work: Work[Any], policy: BatchPolicy) -> Hashable:
     """Return a key that is equal for requests that may share a pass; None for all others.
 
     A plan is identified by its model, extractor, pass spec and batch key.
@@ -460,7 +462,7 @@ def _key(work: Work[Any]) -> Hashable:
     plan = work.plan
     if work.padding is not None:
         return work.padding.key
-    if work.host.options.batching.max_size == 1 or plan.dynamic or plan.findings.alone:
+    if policy.max_size == 1 or plan.dynamic or plan.findings.alone:
         return None
     if work.operands is not None or work.changes is not None:
         return None  # Operands and interventions are those of one request.

@@ -93,7 +93,7 @@ def config_of(host: ModelHost, max_batch: int, instances: int) -> model_config_p
         ],
         model_transaction_policy=model_config_pb2.ModelTransactionPolicy(decoupled=False),
     )
-    if batching.max_size > 1:
+    if batching.most > 1:
         microseconds = round(batching.max_delay * 1e6)
         config.dynamic_batching.max_queue_delay_microseconds = microseconds
     for name, text in _facts(host).items():
