@@ -26,6 +26,7 @@ def app(args: Mapping[str, Any]) -> Application:
             - ``models``: Instead of a file, a ``[NAME=]SOURCE``, or a list of tables with the keys
               of ``[[models]]``; ``server`` and ``limits`` are tables as in the file.
             - ``direct``: Whether each replica also listens at the address of ``[server]``.
+            - ``deployment``: A table of options of Ray's deployment, such as ``num_replicas``.
 
     Raises:
         ConfigError: If an argument is wrong.

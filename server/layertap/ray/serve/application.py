@@ -15,7 +15,7 @@ from layertap.ray.serve.replica import Replica
 __all__ = ["application"]
 
 _INLINE = ("models", "server", "limits")
-_KEYS = ("config", *_INLINE, "direct")
+_KEYS = ("config", *_INLINE, "direct", "deployment")
 _BOOLEANS = {True: True, False: False, "true": True, "false": False}
 
 
@@ -28,20 +28,30 @@ def application(args: Mapping[str, Any]) -> serve.Application:
         raise ConfigError(f"direct: got {direct!r}, expected true or false")
     config = _config(args)
     config.check()
-    deployment = serve.deployment(
-        name="FeatureService",
-        # As many as a replica accepts; Ray keeps the others for another replica, or for later.
-        max_ongoing_requests=config.limits.pending,
-        max_queued_requests=4 * config.limits.pending,
-        autoscaling_config={
-            "min_replicas": 1,
-            "max_replicas": 8,
-            "target_ongoing_requests": max(1, config.limits.pending // 4),
-        },
-        graceful_shutdown_timeout_s=config.server.grace_seconds,
-    )(Replica)
+    options = args.get("deployment", {})
+    if not isinstance(options, Mapping):
+        raise ConfigError(f"deployment: got {options!r}, expected options of a Ray deployment")
+    deployment = serve.deployment(name="FeatureService", **_options(config, options))(Replica)
     bound: serve.Application = deployment.bind(config, direct=_BOOLEANS[direct])
     return bound
+
+
+def _options(config: ServerConfig, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of the deployment; ``given`` ones have priority."""
+    pending = config.limits.pending
+    options: dict[str, Any] = {
+        # As many as a replica accepts; Ray keeps the others for another replica, or for later.
+        "max_ongoing_requests": pending,
+        "max_queued_requests": 4 * pending,
+        "graceful_shutdown_timeout_s": config.server.grace_seconds,
+    }
+    if "num_replicas" not in given:
+        options["autoscaling_config"] = {
+            "min_replicas": 1,
+            "max_replicas": 8,
+            "target_ongoing_requests": max(1, pending // 4),
+        }
+    return {**options, **given}
 
 
 def _config(args: Mapping[str, Any]) -> ServerConfig:
