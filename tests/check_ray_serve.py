@@ -6,6 +6,7 @@ Run it by ``make test-ray``: minutes, as Ray starts and stops processes slowly.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 import ray
 import yaml
+from PIL import Image
 from ray import serve
 
 from layertap import Client
@@ -32,7 +34,9 @@ pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(900)]
 
 CALLERS = 12
 ONGOING = 4
-EXAMPLE = Path(__file__).parents[1] / "examples" / "deploy" / "ray" / "serve.yaml"
+ROOT = Path(__file__).parents[1]
+EXAMPLE = ROOT / "examples" / "deploy" / "ray" / "serve.yaml"
+PAGE = ROOT / "docs" / "ray.md"
 
 
 def model(factory: str) -> list[dict[str, Any]]:
@@ -221,23 +225,37 @@ def run_serve(*args: str) -> Sequence[str]:
     return done.stdout.splitlines()
 
 
-def test_the_example_file(proxy: str, tmp_path: Path) -> None:
-    """``serve run`` takes the example's file; with small models its applications answer."""
+def test_the_example_file(proxy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``serve run`` takes the example's file, and the code of docs/ray.md what it serves.
+
+    The models are small, and the ports are free ones.
+    """
     document = yaml.safe_load(EXAMPLE.read_text())
     # The proxy of this cluster runs already.
     document["grpc_options"]["port"] = int(proxy.rpartition(":")[2])
     document["http_options"] = {"host": "127.0.0.1", "port": free_port()}
     document["proxy_location"] = "HeadOnly"
     for each in document["applications"]:
-        each["args"]["models"] = model("dozing")
+        each["args"]["models"] = [
+            {"name": "resnet50", "source": "usualnets:resnet10", "item_shape": [3, 64, 64]}
+        ]
         each["deployments"][0].setdefault("autoscaling_config", {})["min_replicas"] = 1
         each["deployments"][0]["ray_actor_options"]["num_cpus"] = 1
     file = tmp_path / "serve.yaml"
     file.write_text(yaml.safe_dump(document))
     run_serve("run", "--non-blocking", str(file))
+    Image.new("RGB", (96, 80), (9, 99, 199)).save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    page = PAGE.read_text("utf-8")
+    blocks = re.findall(r"```py\n(.*?)```", page[: page.index("## Ray Data")], re.DOTALL)
+    assert len(blocks) == 2
+    first = blocks[0].replace("node-1:9000", proxy)
     for each in document["applications"]:
-        with Client(proxy, metadata={"application": each["name"]}, timeout=120) as client:
-            client.wait_ready(120)
-            x = np.ones((1, 3, 4, 4), np.float32)
-            assert client.extract("net", x, "pool")["pool"].max() == 1.0
+        names: dict[str, Any] = {"UnavailableError": UnavailableError}
+        exec(first.replace('"vision"', repr(each["name"])), names)  # noqa: S102 - the page is ours
+        assert names["features"]["avgpool"].shape == (1, 512, 1, 1)
+        del names["features"]
+        with Client(proxy, metadata={"application": each["name"]}) as names["client"]:
+            exec(blocks[1], names)  # noqa: S102 - likewise
+        assert names["features"]["avgpool"].shape == (1, 512, 1, 1)
         serve.delete(each["name"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +16,15 @@ from ports import free_port
 
 __all__ = ["local_cluster", "replicas", "serving"]
 
+# Ray kills a proxy that is not ready within 5 seconds, which a busy machine takes to start it.
+PATIENCE = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120"}
+
 
 @contextmanager
 def local_cluster(cores: int = 8) -> Iterator[None]:
     """Run a cluster of our own; Ray does not look how many cores there really are."""
     with tempfile.TemporaryDirectory(prefix="layertap-ray-", ignore_cleanup_errors=True) as folder:
+        os.environ.update(PATIENCE)
         ray.init(
             address="local",
             num_cpus=cores,
@@ -34,6 +39,8 @@ def local_cluster(cores: int = 8) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+            for name in PATIENCE:
+                os.environ.pop(name, None)
 
 
 @contextmanager

@@ -247,7 +247,11 @@ def dropped(ways: Ways) -> float:
     """Return how many requests nobody waited for any more, from the page of metrics."""
     with urllib.request.urlopen(ways.metrics) as page:  # noqa: S310 - our own
         text = page.read().decode()
-    lines = [line for line in text.splitlines() if line.startswith("layertap_request_failure")]
+    lines = [
+        line
+        for line in text.splitlines()
+        if line.startswith("layertap_inference_request_failure_total")
+    ]
     return sum(
         float(line.rpartition(" ")[2])
         for line in lines
