@@ -48,7 +48,7 @@ class Dozing(nn.Module):
         # As for Sleepy.
         if milliseconds >= 50:
             time.sleep(milliseconds / 1000)
-        return self.pool(x) * self.factor
+        return self.pool(x * self.factor)
 
 
 def dozing() -> nn.Module:
