@@ -84,7 +84,7 @@ def test_the_driver_is_killed(tmp_path: Path, short: str) -> None:
             # While the cluster starts there is nothing to interrupt.
             while parts(folder) == before and driver.poll() is None:
                 time.sleep(0.01)
-            time.sleep(choose.uniform(0, 0.5))
+            time.sleep(choose.uniform(0, 3))
             driver.send_signal(signal.SIGKILL)
         seen.append(parts(folder))
         if driver.returncode == 0:

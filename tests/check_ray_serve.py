@@ -210,6 +210,13 @@ def test_autoscaling(client: Client) -> None:
         assert (load.failed, load.wrong) == ([], [])
 
 
+def runs(application: str) -> bool:
+    """Return whether an application runs; stop where it can't."""
+    found = serve.status().applications.get(application)
+    assert found is None or found.status != "DEPLOY_FAILED", found
+    return found is not None and found.status == "RUNNING"
+
+
 def run_serve(*args: str) -> Sequence[str]:
     """Run Ray's command line."""
     program = Path(sys.executable).with_name("serve")
@@ -239,11 +246,19 @@ def test_the_example_file(proxy: str, tmp_path: Path, monkeypatch: pytest.Monkey
         each["args"]["models"] = [
             {"name": "resnet50", "source": "usualnets:resnet10", "item_shape": [3, 64, 64]}
         ]
+        each["runtime_env"] = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}
         each["deployments"][0].setdefault("autoscaling_config", {})["min_replicas"] = 1
         each["deployments"][0]["ray_actor_options"]["num_cpus"] = 1
     file = tmp_path / "serve.yaml"
     file.write_text(yaml.safe_dump(document))
     run_serve("run", "--non-blocking", str(file))
+    try:
+        wait_until(
+            lambda: all(runs(each["name"]) for each in document["applications"]), seconds=600
+        )
+    except AssertionError:
+        print(serve.status())
+        raise
     Image.new("RGB", (96, 80), (9, 99, 199)).save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
     page = PAGE.read_text("utf-8")
