@@ -207,7 +207,8 @@ def test_the_documented_code_runs(tmp_path: Path) -> None:
     for documented, here in {
         "s3://bucket": str(tmp_path),
         "/shared": str(tmp_path / "once"),
-        '"resnet50",': '"usualnets:resnet10", item_shape=(3, 64, 64),',
+        '"resnet50",': '"usualnets:resnet10",',
+        'column="bytes",': 'column="bytes", item_shape=(3, 64, 64),',
         "actors=8": "actors=1",
         "num_cpus=4": "num_cpus=1",
     }.items():
