@@ -13,7 +13,7 @@ fuzz: SECONDS ?= 60
 mutants: COUNT ?= 40
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-clients test-models test-gradients test-beside test-s3 test-interventions test-beside-interventions test-zoo test-packages soak chaos storm fuzz mutants bench bench-cuda bench-dataset bench-peers bench-sentences perf-analyzer check check-deploy fmt gen clean
+.PHONY: help setup demo serve test test-clients test-models test-gradients test-beside test-s3 test-interventions test-beside-interventions test-zoo test-packages test-ray soak chaos storm fuzz mutants bench bench-cuda bench-dataset bench-peers bench-ray bench-sentences perf-analyzer check check-deploy fmt gen clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -62,6 +62,9 @@ test-zoo: setup ## every layer of every awkward model, in every way; writes docs
 
 test-packages: .venv/.built ## models of public packages, in environments of their own: an hour
 	$(BIN)/python tools/drive_packages.py --write docs/coverage.md $(ARGS)
+
+test-ray: .venv/.built ## Ray: replicas killed, updated and scaled under load, drivers killed: ten minutes
+	$(BIN)/python -m pytest -q -s tests/check_ray_*.py $(ARGS)
 
 soak: .venv/.built ## bad clients, overload and reloads at once, 5 minutes: make soak SECONDS=60
 	PYTHONPATH=tests $(BIN)/python tests/soak/endure.py --seconds $(SECONDS) $(ARGS)
@@ -116,6 +119,10 @@ bench-peers: .venv/.built $(PEERS:%=build/peers/%/.installed) ## beside PyTriton
 
 bench-dataset: .venv/.built build/dataset/.installed ## photos a second of layertap extract, beside thingsvision: an hour
 	PYTHONPATH=server $(BIN)/python -W ignore benchmarks/bench_dataset.py $(ARGS)
+
+bench-ray: .venv/.built ## Ray Serve's proxy beside direct calls, and two actors beside one: ten minutes
+	$(BIN)/python -W ignore benchmarks/bench_ray_serve.py $(ARGS)
+	$(BIN)/python -W ignore benchmarks/bench_ray_data.py $(ARGS)
 
 perf-analyzer: .venv/.built ## NVIDIA's load generator against a served resnet18, three ways
 	$(BIN)/python tools/perf_analyzer.py $(ARGS)

@@ -81,6 +81,29 @@ Memory: an output of {output:.1f} GB with `--memory` {budget:.0f} MiB. The proce
 {share:.2f} of the budget more.
 """
 
+RAY_SERVE = """
+## What does Ray's gRPC proxy cost?
+
+[bench_ray_serve.py](bench_ray_serve.py): one replica with a resnet18 and random weights, called at
+its own gRPC port and through Ray's proxy, in turns; milliseconds, median / 99th percentile of a
+lone caller by size of the reply. Client, proxy and replica share the cores. Machine: {facts}.
+
+{times}
+
+{callers} callers, and one stream, with replies of 2 KB:
+
+{rates}
+"""
+
+RAY_DATA = """
+## How many items a second do two actors run, beside one?
+
+[bench_ray_data.py](bench_ray_data.py): `layertap.ray.extract` with a resnet18 and random weights,
+one core for each actor, {items} items; medians of {rounds} turns. Machine: {facts}.
+
+{table}
+"""
+
 PICTURE = """
 The chart shows when the device was busy during one call, for resnet50 `avgpool` at batch 1:
 
@@ -969,6 +992,34 @@ def _dataset(results: dict[str, Any], folder: Path) -> str:
     )
 
 
+def _ray_serve(results: dict[str, Any], folder: Path) -> str:
+    ways = list(next(iter(results["latency"].values())))
+    times = [
+        [case, *(f"{by_way[way]['p50']:.2f} / {by_way[way]['p99']:.2f}" for way in ways)]
+        for case, by_way in results["latency"].items()
+    ]
+    rates = [
+        [what, *(f"{by_way[way]:.1f}" for way in ways)] for what, by_way in results["rates"].items()
+    ]
+    return RAY_SERVE.format(
+        facts=_facts(results["machine"]),
+        callers=results["callers"],
+        times=_table(["reply", *ways], times),
+        rates=_table(["a second", *ways], rates),
+    )
+
+
+def _ray_data(results: dict[str, Any], folder: Path) -> str:
+    rates = results["rates"]
+    rows = [[actors, f"{rate:.1f}", f"{rate / rates['1']:.2f}×"] for actors, rate in rates.items()]
+    return RAY_DATA.format(
+        items=results["items"],
+        rounds=results["rounds"],
+        facts=_facts(results["machine"]),
+        table=_table(["actors", "items a second", "relative"], rows),
+    )
+
+
 def _naive(row: dict[str, float]) -> float:
     return row["times_as_fast_as_naive"]
 
@@ -1007,6 +1058,8 @@ SECTIONS: dict[str, Section] = {
     "growth": _growth,
     "sentences": _sentences,
     "dataset": _dataset,
+    "ray_serve": _ray_serve,
+    "ray_data": _ray_data,
 }
 
 

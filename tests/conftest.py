@@ -44,6 +44,7 @@ LONGEST = (
     *("test_security_docs.py", "models/test_hf_inputs.py", "app/test_logs.py"),
     *("engine/test_memory.py", "app/test_no_more_threads.py", "local/test_imports.py"),
     *("test_recipes.py", "test_ray_data.py", "test_bench_peers.py", "engine/test_sharing.py"),
+    "test_ray_serve.py",
 )
 """Files that take longest. One of them begun last would keep one process busy alone."""
 

@@ -32,6 +32,35 @@ def sleepy() -> nn.Module:
     return Sleepy()
 
 
+class Dozing(nn.Module):
+    """Sleeps for as many milliseconds as its input's largest value says, from 50.
+
+    Takes ``[B, 3, 4, 4]`` float32.
+    """
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+        self.pool = nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        milliseconds = float(x.max())
+        # As for Sleepy.
+        if milliseconds >= 50:
+            time.sleep(milliseconds / 1000)
+        return self.pool(x * self.factor)
+
+
+def dozing() -> nn.Module:
+    """Return a Dozing."""
+    return Dozing(1.0)
+
+
+def dozing_twice() -> nn.Module:
+    """Return a Dozing with values twice as large."""
+    return Dozing(2.0)
+
+
 GATE = threading.Event()
 
 

@@ -8,7 +8,8 @@ import pytest
 from layertap import errors
 from layertap.services.caller import Caller
 from layertap.services.error_codes import CODES, ErrorCode, code_of
-from layertap.services.grpc_adapter.handlers import STATUS, unary
+from layertap.services.grpc_adapter.handlers import unary
+from layertap.services.grpc_adapter.statuses import STATUS
 from layertap.services.public_errors import public_error
 from serving import serving_method
 

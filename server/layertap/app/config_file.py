@@ -24,7 +24,7 @@ from layertap.settings import (
 )
 from layertap.settings.paths import expanded, is_path
 
-__all__ = ["load_config"]
+__all__ = ["config_of", "load_config"]
 
 T = TypeVar("T")
 KeyPath = tuple[str | int, ...]
@@ -49,6 +49,21 @@ def load_config(path: str | Path) -> ServerConfig:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{file}: {error}") from error
     return _Reader(file, text).config(document)
+
+
+def config_of(document: Mapping[str, Any], name: str) -> ServerConfig:
+    """Return the configuration in a document with the keys of ``layertap.toml``.
+
+    Relative paths in it are relative to the working directory.
+
+    Args:
+        document: ``server``, ``limits`` and ``models``, each as TOML would give it.
+        name: What errors call the document.
+
+    Raises:
+        ConfigError: If it is invalid.
+    """
+    return _Reader(Path(name), "").config(document)
 
 
 class _Reader:

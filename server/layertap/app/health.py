@@ -90,7 +90,12 @@ class ModelHealth:
 
     def serving(self, name: str) -> bool:
         """Return whether a model, a service or (``""``) the server as a whole is serving."""
-        return self._status(name) == Status.SERVING
+        return self.status(name) == Status.SERVING
+
+    def status(self, name: str) -> Status.ServingStatus:
+        """Return the status of a model, a service or the server; SERVICE_UNKNOWN for others."""
+        with self._changed:
+            return self._statuses.get(name, Status.SERVICE_UNKNOWN)
 
     def forget(self, name: str) -> None:
         """Report a model as unknown: watchers get SERVICE_UNKNOWN, checks end with NOT_FOUND."""
@@ -111,7 +116,7 @@ class ModelHealth:
     ) -> health_pb2.HealthCheckResponse:
         """Return the current status; end with NOT_FOUND for an unknown name."""
         name = _name_in(message, context)
-        status = self._status(name)
+        status = self.status(name)
         if status == Status.SERVICE_UNKNOWN:
             text = f"service: got {name[:NAME_CHARACTERS]!r}, unknown to this server"
             context.abort(grpc.StatusCode.NOT_FOUND, text)
@@ -136,10 +141,6 @@ class ModelHealth:
         with self._changed:
             self._statuses[name] = Status.NOT_SERVING if self._stopping else status
             self._changed.notify_all()
-
-    def _status(self, name: str) -> Status.ServingStatus:
-        with self._changed:
-            return self._statuses.get(name, Status.SERVICE_UNKNOWN)
 
     def _next(
         self, name: str, sent: Status.ServingStatus | None, context: grpc.ServicerContext

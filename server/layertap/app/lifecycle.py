@@ -38,7 +38,7 @@ from layertap.settings import METRICS_OFF, ServerOptions
 from layertap.settings.value_kinds import MIB
 from layertap.threads import THREADS_REFUSED, is_thread_refused
 
-__all__ = ["RunningServer", "compute_threads", "run_server"]
+__all__ = ["RunningServer", "compute_threads", "open_engine", "run_server"]
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _END = b"\0"
@@ -179,6 +179,9 @@ class RunningServer:
         closing: When it is closed, it stops the server and closes everything of the server.
 
     Attributes:
+        engine: The engine.
+        health: The health of the models.
+        observer: Is notified how each extraction ended.
         server: The gRPC server.
         reloader: Runs the reloads.
 
@@ -199,16 +202,17 @@ class RunningServer:
         self._narrator = narrator
         # Done first, because it is quick, and a missing file is a common mistake.
         security = open_security(config.server.secrets, trusted=config.trusts_local_callers)
-        self._engine = _engine(config, narrator)
-        closing.callback(self._engine.close)
-        health = ModelHealth()
-        models = ServedModels(self._engine, health, narrator)
+        self.engine = open_engine(config, narrator)
+        closing.callback(self.engine.close)
+        self.health = health = ModelHealth()
+        models = ServedModels(self.engine, health, narrator)
         self.reloader = Reloader(read, config, models, narrator)
         options = config.server
         admin = AdminService(self._reload_now) if options.admin else None
-        telemetry = open_telemetry(self._engine, config, closing)
+        telemetry = open_telemetry(self.engine, config, closing)
+        self.observer = telemetry.observer
         self.server = FeatureServer(
-            self._engine,
+            self.engine,
             options,
             telemetry.observer,
             interceptors=telemetry.interceptors,
@@ -227,7 +231,7 @@ class RunningServer:
                 telemetry.metrics.registry,
                 "127.0.0.1" if is_unix(options.host) else bare_host(options.host),
                 options.metrics_port,
-                alive=lambda: self._engine.alive,
+                alive=lambda: self.engine.alive,
                 ready=lambda: health.serving(""),
                 connections=file_budget().http_connections,
             )
@@ -248,7 +252,7 @@ class RunningServer:
 
     def names(self) -> str:
         """Return the names of the served models as text."""
-        return ", ".join(host.model.name for host in self._engine.hosts())
+        return ", ".join(host.model.name for host in self.engine.hosts())
 
     def reload(self) -> None:
         """Read certificates and tokens again, and request a reload of the models."""
@@ -296,7 +300,12 @@ def compute_threads(options: ServerOptions, device: str) -> tuple[int, int | Non
     return options.threads or available_cpus(), 1
 
 
-def _engine(config: ServerConfig, narrator: Narrator) -> Engine:
+def open_engine(config: ServerConfig, narrator: Narrator) -> Engine:
+    """Return an engine without models, as a configuration wants it; the caller must close it.
+
+    Raises:
+        LayertapError: If the device can't be used or settings contradict each other.
+    """
     options = config.server
     if options.keep_memory and not keep_memory(options.keep_memory_bytes // MIB):
         narrator.say(

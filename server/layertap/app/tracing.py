@@ -22,7 +22,7 @@ from layertap.app.tracing_interceptor import SERVER_ERRORS, TracingInterceptor
 from layertap.engine import Extraction
 from layertap.services.caller import Caller
 from layertap.services.error_codes import ErrorCode
-from layertap.services.grpc_adapter.handlers import STATUS
+from layertap.services.grpc_adapter.statuses import STATUS
 from layertap.timings import Timings
 
 __all__ = ["FLUSH_SECONDS", "Tracing", "otlp_provider"]

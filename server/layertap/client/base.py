@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -71,10 +72,13 @@ class BaseClient:
             the call's timeout. Streams are not retried. The client waits for the time that the
             server specifies, and a random time in addition. With 0 the call raises
             OverloadedError at once; its ``retry_after`` has the time to wait.
+        metadata: Headers to send with every call, for what stands between the client and the
+            server: ``{"application": "vision"}`` chooses an application of Ray Serve.
 
     Raises:
         InvalidInputError: If ``shared_memory`` or ``reply_compression`` has another value,
-            ``retries`` is negative, or ``target`` is an empty list or has an address twice.
+            ``retries`` is negative, ``target`` is an empty list or has an address twice, or
+            ``metadata`` has an entry that can't be sent or has an argument of its own.
         ConfigError: If TLS files or tokens are invalid, if a token would be sent as plain text to
             another machine, or under gevent without gRPC's ``init_gevent``.
     """
@@ -91,6 +95,7 @@ class BaseClient:
         shared_memory: SharedMemoryWish = "auto",
         reply_compression: str = "none",
         retries: int = 0,
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
         check_retries(retries)
         if token is not None and token_file is not None:
@@ -118,10 +123,11 @@ class BaseClient:
             "shared_memory": shared_memory,
             "reply_compression": reply_compression,
             "retries": retries,
+            "metadata": metadata,
         }
-        self._own_metadata: Metadata = ()
+        self._own_metadata: Metadata = _checked_metadata(metadata or {})
         if reply_compression != "none":
-            self._own_metadata = ((REPLY_COMPRESSION_KEY, reply_compression),)
+            self._own_metadata += ((REPLY_COMPRESSION_KEY, reply_compression),)
         # Read now, so that unusable files are reported here and not by the first call.
         self._start(self._settings())
 
@@ -278,6 +284,33 @@ def _checked_targets(target: str | Sequence[str]) -> tuple[str, ...]:
         if targets.count(each) > 1:
             raise InvalidInputError(f"target: got {each} twice, expected each server once")
     return targets
+
+
+# What gRPC accepts, without its own headers and those for bytes.
+_HEADER = re.compile(r"(?!grpc-)(?!.*-bin$)[0-9a-z_.-]+")
+_HEADER_VALUE = re.compile(r"[ -~]*")
+_OTHERWISE = {"authorization": "token or token_file", REPLY_COMPRESSION_KEY: "reply_compression"}
+
+
+def _checked_metadata(metadata: Mapping[str, str]) -> Metadata:
+    """Return the metadata as gRPC takes it.
+
+    Raises:
+        InvalidInputError: If an entry can't be sent or has an argument of its own.
+    """
+    for key, value in metadata.items():
+        if key in _OTHERWISE:
+            raise InvalidInputError(f"metadata: got {key!r}, expected it as {_OTHERWISE[key]}")
+        if not isinstance(key, str) or not _HEADER.fullmatch(key):
+            raise InvalidInputError(
+                f"metadata: got the name {key!r}, expected small letters, digits and _.- that "
+                f"neither begin with grpc- nor end with -bin"
+            )
+        if not isinstance(value, str) or not _HEADER_VALUE.fullmatch(value):
+            raise InvalidInputError(
+                f"metadata: got another value of {key!r}, expected printable ASCII characters"
+            )
+    return tuple(metadata.items())
 
 
 def describe_message(model: str, *, fingerprint: bool) -> bytes:

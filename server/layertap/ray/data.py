@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from layertap.inputs import InputLike
 
-__all__ = ["extract"]
+__all__ = ["LayerActor", "arguments_of", "extract"]
 
 _log = logging.getLogger(__name__)
 
@@ -77,6 +77,45 @@ def extract(
     """
     import ray.data
 
+    arguments = arguments_of(
+        model=model,
+        layers=layers,
+        column=column,
+        id_column=id_column,
+        extractor=extractor,
+        on_error=on_error,
+        num_cpus=num_cpus,
+        num_gpus=num_gpus,
+        settings=settings,
+    )
+    return dataset.map_batches(
+        LayerActor,
+        fn_constructor_kwargs=arguments,
+        batch_size=batch_size,
+        batch_format="numpy",
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        num_cpus=num_cpus,
+        num_gpus=num_gpus,
+    )
+
+
+def arguments_of(
+    *,
+    model: str,
+    layers: SelectionLike,
+    column: str,
+    id_column: str,
+    extractor: Extractor | str,
+    on_error: str,
+    num_cpus: float,
+    num_gpus: float,
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the arguments of ``LayerActor``; see ``extract`` for those of this function.
+
+    Raises:
+        InvalidInputError: For a reduction that gives items of different lengths.
+    """
     selections = parse_selections(layers)
     ragged = next((each for each in selections if each.reduction.ragged), None)
     if ragged is not None:
@@ -84,7 +123,7 @@ def extract(
             f"layers: got {ragged.text!r}, whose items have different lengths, expected a "
             f"reduction to one shape, such as {ragged.layer}:reduce=global_average_pool"
         )
-    arguments = {
+    return {
         "model": model,
         "selections": selections,
         "column": column,
@@ -97,18 +136,9 @@ def extract(
             **settings,
         },
     }
-    return dataset.map_batches(
-        _Actor,
-        fn_constructor_kwargs=arguments,
-        batch_size=batch_size,
-        batch_format="numpy",
-        compute=ray.data.ActorPoolStrategy(size=actors),
-        num_cpus=num_cpus,
-        num_gpus=num_gpus,
-    )
 
 
-class _Actor:
+class LayerActor:
     """Holds the model, and runs it on batches; see ``extract`` for the arguments."""
 
     def __init__(
@@ -132,6 +162,10 @@ class _Actor:
         self._selections = selections
         self._column, self._id_column = column, id_column
         self._extractor, self._skip = extractor, skip
+
+    def fingerprint(self) -> str:
+        """Return a digest of the model's structure and weights."""
+        return self._runner.fingerprint()
 
     def __call__(self, batch: Columns) -> dict[str, np.ndarray]:
         """Return the rows with their layers."""

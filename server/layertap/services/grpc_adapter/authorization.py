@@ -12,7 +12,7 @@ from layertap.services.caller import Caller
 from layertap.services.grpc_adapter.handlers import refusing
 from layertap.services.tokens import Right, Tokens
 
-__all__ = ["Authorization", "needed_right"]
+__all__ = ["Authorization", "needed_right", "refusal"]
 
 _KEY = "authorization"
 _SCHEME = "bearer"
@@ -51,16 +51,35 @@ class Authorization(grpc.ServerInterceptor):  # type: ignore[misc] # gRPC has no
         self, continuation: Callable[[Any], Any], handler_call_details: grpc.HandlerCallDetails
     ) -> grpc.RpcMethodHandler | None:
         """Pass a call on, or refuse it."""
-        needed = needed_right(handler_call_details.method)
-        if needed <= self._tokens.right_without:
-            return continuation(handler_call_details)
-        token = _bearer(handler_call_details.invocation_metadata)
-        right = self._tokens.right_of(token) if token else Right.NONE
-        if needed <= right:
-            return continuation(handler_call_details)
-        if right is Right.NONE and self._tokens.configured:
-            return _UNAUTHENTICATED
-        return _PERMISSION_DENIED
+        details = handler_call_details
+        error = refusal(self._tokens, details.method, details.invocation_metadata)
+        return continuation(details) if error is None else _refusing(error)
+
+
+def refusal(tokens: Tokens, method: str, metadata: Any) -> errors.LayertapError | None:
+    """Return why a call is refused; None if it has the right that it needs.
+
+    Neither text depends on the call, so neither reveals anything to an unauthenticated caller.
+
+    Args:
+        tokens: The tokens and their rights.
+        method: The method, as ``/package.Service/Method``.
+        metadata: The metadata of the call: pairs of key and value, or None.
+    """
+    needed = needed_right(method)
+    if needed <= tokens.right_without:
+        return None
+    token = _bearer(metadata)
+    right = tokens.right_of(token) if token else Right.NONE
+    if needed <= right:
+        return None
+    if right is Right.NONE and tokens.configured:
+        return errors.UnauthenticatedError(
+            "a valid token is needed: metadata 'authorization: Bearer TOKEN'"
+        )
+    return errors.PermissionDeniedError(
+        "administration needs a token of the server's admin_tokens_file"
+    )
 
 
 def _bearer(metadata: Any) -> str:
@@ -72,19 +91,10 @@ def _bearer(metadata: Any) -> str:
     return token.strip() if scheme.lower() == _SCHEME else ""
 
 
-def _refusing(kind: type[errors.LayertapError], text: str) -> grpc.RpcMethodHandler:
-    """Return a handler that refuses calls of any kind."""
+def _refusing(error: errors.LayertapError) -> grpc.RpcMethodHandler:
+    """Return a handler that refuses a call of any kind."""
 
     def refuse(caller: Caller) -> NoReturn:
-        raise kind(text)
+        raise error
 
     return grpc.stream_stream_rpc_method_handler(refusing(refuse))
-
-
-# Neither text depends on the call, so neither reveals anything to an unauthenticated caller.
-_UNAUTHENTICATED = _refusing(
-    errors.UnauthenticatedError, "a valid token is needed: metadata 'authorization: Bearer TOKEN'"
-)
-_PERMISSION_DENIED = _refusing(
-    errors.PermissionDeniedError, "administration needs a token of the server's admin_tokens_file"
-)

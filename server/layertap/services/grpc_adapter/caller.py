@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 import grpc
 
@@ -16,7 +16,7 @@ from layertap.services.caller import (
     set_current_caller,
 )
 
-__all__ = ["caller_of"]
+__all__ = ["caller_from", "caller_of"]
 
 _LOCAL_PEERS = ("ipv4:127.", "ipv6:[::1]", "ipv6:%5B::1%5D", "unix:")
 _TRACE_KEYS = ("traceparent", "tracestate")
@@ -44,22 +44,55 @@ def _new_caller(context: grpc.ServicerContext) -> Caller:
     if not context.add_callback(call.cancel):
         call.cancel()
     peer = context.peer()
-    return Caller(
-        call=call,
-        request_id=request_id_from(value for key, value in metadata if key == REQUEST_ID_KEY),
+    return caller_from(
+        metadata,
+        call,
         transport="grpc",
         peer=peer,
         local=peer.startswith(_LOCAL_PEERS),
-        identity=_identity(metadata, context),
-        trace_context={key: value for key, value in metadata if key in _TRACE_KEYS},
+        peer_identities=context.peer_identities(),
     )
 
 
-def _identity(metadata: Sequence[tuple[str, object]], context: grpc.ServicerContext) -> Hashable:
+def caller_from(
+    metadata: Sequence[tuple[str, str | bytes]],
+    call: Call,
+    *,
+    transport: str,
+    peer: str,
+    local: bool,
+    peer_identities: Iterable[bytes] | None,
+) -> Caller:
+    """Return the caller with the request id, the credentials and the trace of its metadata.
+
+    Args:
+        metadata: The metadata that it sent.
+        call: Its deadline, and whether it still waits.
+        transport: How the request arrived.
+        peer: Its address.
+        local: Whether it runs on this machine.
+        peer_identities: The names in its certificate; None or empty if it has none.
+    """
+    return Caller(
+        call=call,
+        request_id=request_id_from(value for key, value in metadata if key == REQUEST_ID_KEY),
+        transport=transport,
+        peer=peer,
+        local=local,
+        identity=_identity(metadata, peer_identities),
+        trace_context={
+            key: value for key, value in metadata if key in _TRACE_KEYS and isinstance(value, str)
+        },
+    )
+
+
+def _identity(
+    metadata: Sequence[tuple[str, object]], peer_identities: Iterable[bytes] | None
+) -> Hashable:
     """Return a value that identifies the caller's token and certificate, if it has them.
 
     It is the same for all callers that have neither. The token itself is not kept.
     """
     tokens = [str(value) for key, value in metadata if key == "authorization"]
     secret = hashlib.sha256("\0".join(tokens).encode("utf-8", "surrogateescape")).digest()
-    return secret, tuple(context.peer_identities() or ())
+    return secret, tuple(peer_identities or ())

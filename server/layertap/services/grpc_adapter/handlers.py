@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
@@ -10,25 +9,15 @@ import grpc
 
 from layertap import errors
 from layertap.services.answer import Answer
-from layertap.services.caller import REQUEST_ID_KEY, Caller
-from layertap.services.error_codes import ErrorCode, code_of
+from layertap.services.caller import Caller
+from layertap.services.error_codes import code_of
 from layertap.services.grpc_adapter.caller import caller_of
 from layertap.services.grpc_adapter.compression import compress_replies
+from layertap.services.grpc_adapter.statuses import STATUS, error_metadata
 from layertap.services.methods import Handler, Methods, StreamHandler, UnaryMethod
 from layertap.services.public_errors import public_error
-from layertap.wire.messages import (
-    ERROR_IMAGE_METADATA_KEY,
-    ERROR_METADATA_KEY,
-    PUSHBACK_METADATA_KEY,
-)
 
-__all__ = ["STATUS", "aborting", "refusing", "service", "stream", "unary"]
-
-STATUS: dict[ErrorCode, grpc.StatusCode] = {code: grpc.StatusCode[code.name] for code in ErrorCode}
-"""gRPC's status for each code."""
-
-# Each refusal gives a random time, so that clients that respect it don't retry together.
-_PUSHBACK_MS = (500, 1500)
+__all__ = ["aborting", "refusing", "service", "stream", "unary"]
 
 
 def service(name: str, methods: Methods) -> grpc.GenericRpcHandler:
@@ -120,11 +109,6 @@ def _received(messages: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _abort(context: grpc.ServicerContext, error: errors.LayertapError, caller: Caller) -> NoReturn:
-    names = [(ERROR_METADATA_KEY, type(error).__name__), (REQUEST_ID_KEY, caller.request_id)]
-    if isinstance(error, errors.OverloadedError):
-        names.append((PUSHBACK_METADATA_KEY, str(random.randint(*_PUSHBACK_MS))))
-    if isinstance(error, errors.InvalidInputError) and error.image is not None:
-        names.append((ERROR_IMAGE_METADATA_KEY, str(error.image)))
-    context.set_trailing_metadata(tuple(names))
+    context.set_trailing_metadata(error_metadata(error, caller.request_id))
     context.abort(STATUS[code_of(error)], str(error))
     raise AssertionError("abort always raises")
