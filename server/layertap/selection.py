@@ -64,6 +64,7 @@ class Extractor(StrEnum):
 
     AUTO = "auto"
     TORCHSCRIPT = "torchscript", "T"
+    EXPORT = "export", "E"
     HOOK = "hook", "H"
     FX = "fx", "F"
     LAYER_GETTER = "layer_getter", "L"

@@ -123,7 +123,7 @@ class _Trial:
         claims = {
             extractor: self._claimed(extractor)
             for extractor, kind in KINDS.items()
-            if isinstance(kind, CompiledKind) or (kind.nodes and trace)
+            if (isinstance(kind, CompiledKind) and not kind.slow) or (kind.nodes and trace)
         }
         points = list(dict.fromkeys(point for each in claims.values() for point in each))
         found: dict[Extractor, _Found] = {}

@@ -35,6 +35,7 @@ from layertap.extraction.out_of_memory import is_out_of_memory
 from layertap.extraction.own_words import compiler_words, own_words
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.passes import PassScope
+from layertap.extraction.pause import waiting
 from layertap.extraction.points import CapturePoint
 from layertap.extraction.samples import ordinary_batch
 from layertap.models import Batch, LoadedModel
@@ -310,8 +311,8 @@ class CompileTrial:
             cases.extend([larger] if larger else [])
         yield
         try:
-            answers = yield from self._kind.run_apart(
-                program, [case.x for case in cases], model.device
+            answers = yield from waiting(
+                self._kind.run_apart(program, [case.x for case in cases], model.device)
             )
         except ProgramEndedError as error:
             raise _FailedError(f"a compiled program fails ({error})") from error
