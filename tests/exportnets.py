@@ -40,7 +40,7 @@ class Hazards(nn.Module):
 
 
 class Branches(nn.Module):
-    """Goes another way for some values."""
+    """Goes another way for some inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,8 +48,25 @@ class Branches(nn.Module):
         self.second = nn.Conv2d(4, 4, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        up = bool(x.mean() > 0)
         x = self.first(x)
-        return self.second(x) if bool(x.mean() > 0) else self.second(-x)
+        return self.second(x if up else -x)
+
+
+class Remembers(nn.Module):
+    """Keeps a tensor of its pass, but only while it is exported."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 1)
+        self.kept: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kept is not None:
+            x = x + self.kept.mean()
+        if torch.compiler.is_exporting():
+            self.kept = x * 2
+        return self.first(x)
 
 
 def hazards() -> nn.Module:
@@ -58,3 +75,7 @@ def hazards() -> nn.Module:
 
 def branches() -> nn.Module:
     return seeded(Branches)
+
+
+def remembers() -> nn.Module:
+    return seeded(Remembers)

@@ -51,20 +51,23 @@ class Extractor(StrEnum):
 
     Attributes:
         letter: The letter that tables show; empty for AUTO.
+        automatic: Whether AUTO uses it; else a request must name it.
     """
 
     letter: str
+    automatic: bool
 
-    def __new__(cls, value: str, letter: str = "") -> Self:
-        """Make a member from its value and its letter."""
+    def __new__(cls, value: str, letter: str = "", automatic: bool = True) -> Self:
+        """Make a member from its value, its letter, and whether AUTO uses it."""
         member = str.__new__(cls, value)
         member._value_ = value
         member.letter = letter
+        member.automatic = automatic
         return member
 
     AUTO = "auto"
     TORCHSCRIPT = "torchscript", "T"
-    EXPORT = "export", "E"
+    EXPORT = "export", "E", False
     HOOK = "hook", "H"
     FX = "fx", "F"
     LAYER_GETTER = "layer_getter", "L"

@@ -35,9 +35,13 @@ from quick import SLOW
 
 LAYERS = ["bn", "bn_1", "split.0", "split.1", "mix:input", "mix"]
 
-pytestmark = pytest.mark.skipif(
-    not shutil.which("g++"), reason="a package is compiled with g++, which is not here"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not shutil.which("g++"), reason="a package is compiled with g++, which is not here"
+    ),
+    # The compiler has a low priority, so beside other work it takes minutes.
+    pytest.mark.timeout(900),
+]
 
 
 def pair(size: int, item: tuple[int, ...] = ITEM) -> dict[str, torch.Tensor]:
@@ -216,6 +220,19 @@ def test_a_branch_on_values_is_refused() -> None:
             ask(engine, "net", "second", x, Extractor.EXPORT)
         truth = outputs_of(exportnets.branches(), x, "second")[0]
         assert torch.equal(ask(engine, "net", "second", x).torch()["second"], truth)
+
+
+def test_what_a_model_keeps_of_its_recording_is_dropped(monkeypatch) -> None:
+    """A tensor without elements, kept by the model, would be in the next request's pass."""
+    monkeypatch.setattr(ExportKind, "assemble", None)  # It is recorded, and no more.
+    with closing(Engine()) as engine:
+        engine.load(ModelSpec("exportnets:remembers", name="net", item_shape=ITEM))
+        x = torch.rand(2, *ITEM)
+        with pytest.raises(Exception, match=r"EXPORT can't serve|not callable"):
+            ask(engine, "net", "first", x, Extractor.EXPORT)
+        assert engine.host("net").model.module.kept is None
+        truth = outputs_of(exportnets.remembers(), x, "first")[0]
+        assert torch.equal(ask(engine, "net", "first", x).torch()["first"], truth)
 
 
 def test_auto_does_not_use_it(compiled: Compiled) -> None:

@@ -188,13 +188,16 @@ def main(task: str, folder: str) -> None:
 
 
 def _compile(folder: Path) -> None:
-    # torch keeps precompiled headers in the folder for temporary files, and all else here.
     headers = _headers()
-    tempfile.tempdir = os.environ["TMPDIR"] = str(headers or folder)
+    os.environ["TMPDIR"] = str(folder)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
-    # It reads all that.
+    # When it is imported, torch decides to keep precompiled headers where temporary files are.
+    tempfile.tempdir = str(headers or folder)
+    import torch._inductor.codecache  # noqa: PLC0415
     from torch._inductor import aoti_compile_and_package  # noqa: PLC0415
+
+    tempfile.tempdir = str(folder)
 
     options = {
         "aot_inductor.package": True,

@@ -613,8 +613,13 @@ class PlanBuilder:
         # The scope of such a model does it itself.
         alone = kind.records_alone and not self._scope.rules.exclusive
         # Before the scope, for which the pass of another thread may be waiting.
-        with no_forward_pass() if alone else nullcontext(), self._scope:
-            yield
+        with no_forward_pass() if alone else nullcontext(), self._scope as scope:
+            try:
+                yield
+            finally:
+                if kind.records_alone:
+                    # The model may have kept something of it, such as tensors without elements.
+                    scope.learn(self._model.name)
 
     @contextmanager
     def _watched(self, tapes: list[Tape], x: Batch) -> Iterator[None]:

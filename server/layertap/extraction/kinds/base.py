@@ -125,7 +125,6 @@ class ExtractorKind(ABC):
         members: Whether it serves members of containers, such as one tensor of a tuple.
         gradients: Whether it computes gradients; see ``extraction.gradients``.
         edits: Whether it applies interventions; see ``extraction.interventions``.
-        automatic: Whether AUTO uses it; else a request must name it.
         finite_only: Whether its values for NaN and infinity differ from the model's, so that its
             input must be finite.
         warm_up_runs: Runs after which a pass at a new batch size has reached its full speed, on
@@ -140,7 +139,6 @@ class ExtractorKind(ABC):
     members: ClassVar[bool] = False
     gradients: ClassVar[bool] = False
     edits: ClassVar[bool] = False
-    automatic: ClassVar[bool] = True
     finite_only: ClassVar[bool] = False
     warm_up_runs: ClassVar[int] = 3
 
@@ -156,6 +154,11 @@ class ExtractorKind(ABC):
         ``Extractor`` defines it, so that the command line can show it without importing torch.
         """
         return self.id.letter
+
+    @property
+    def automatic(self) -> bool:
+        """Whether AUTO uses it; else a request must name it. ``Extractor`` defines this as well."""
+        return self.id.automatic
 
     def tolerance(self, reference: torch.Tensor) -> float:
         """Return how far a value may be from the model's own.

@@ -107,11 +107,10 @@ class ExportKind(CompiledKind[ExportProgram]):
     id = Extractor.EXPORT
     captures = frozenset({Capture.OUTPUT, Capture.INPUT})
     members = True
-    # The compiler may assume that numbers are finite where it vectorises.
+    # Vectorised code may treat NaN in another way, and proofs have finite numbers only.
     finite_only = True
     warm_up_runs = 1
     slow = True
-    automatic = False
     records_alone = True
     checks_sizes = True
     records_one_item = False
