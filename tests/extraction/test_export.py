@@ -18,15 +18,17 @@ import pytest
 import torch
 
 import exportnets
-from asking import ask
+from asking import ask, request_for
 from exportnets import ITEM
 from layertap import Extractor
-from layertap.engine import Engine
-from layertap.errors import ExtractorUnsupportedError
+from layertap.engine import Call, Engine
+from layertap.errors import DeadlineExceededError, ExtractorUnsupportedError
 from layertap.extraction import packager
+from layertap.extraction.apart import ProgramEndedError
 from layertap.extraction.kinds.export import ExportExtractor, ExportKind
 from layertap.extraction.package import InputShape, LoadedPackage, PackageError
-from layertap.extraction.pause import run_to_end
+from layertap.extraction.passes import KeptState
+from layertap.extraction.pause import Pause, run_to_end
 from layertap.extraction.plan_cache import PlanCache
 from layertap.extraction.verify import COMPILED_TOLERANCE, difference
 from layertap.models import ModelSpec
@@ -87,6 +89,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compiled]:
         ask(engine, "net", LAYERS, pair(2), Extractor.EXPORT)
         [plan] = [each for each in engine.host("net")._plans.values() if each.kind.compiled]
         assert isinstance(plan.built, ExportExtractor)
+        assert engine.host("net").catalogue.scope.rules.state is KeptState.NONE
         yield Compiled(engine, folder, plan.built)
 
 
@@ -220,6 +223,28 @@ def test_a_branch_on_values_is_refused() -> None:
             ask(engine, "net", "second", x, Extractor.EXPORT)
         truth = outputs_of(exportnets.branches(), x, "second")[0]
         assert torch.equal(ask(engine, "net", "second", x).torch()["second"], truth)
+
+
+def test_requests_are_served_while_a_package_is_compiled(monkeypatch) -> None:
+    """The compute thread is free meanwhile; a request whose deadline passes leaves no error."""
+    may_end = threading.Event()
+
+    def waits(self: ExportKind, program: object) -> Iterator[Pause]:
+        while not may_end.is_set():
+            yield Pause(0.01)
+        raise ProgramEndedError("planted")
+
+    monkeypatch.setattr(ExportKind, "assemble", waits)
+    with closing(Engine()) as engine:
+        engine.load(ModelSpec("exportnets:remembers", name="net", item_shape=ITEM))
+        x = torch.rand(2, *ITEM)
+        asked = request_for("net", "first", x, Extractor.EXPORT)
+        with pytest.raises(DeadlineExceededError, match="goes on"):
+            engine.extract(asked, Call(5.0))
+        assert ask(engine, "net", "first", x).extractor is Extractor.HOOK
+        may_end.set()
+        with pytest.raises(ExtractorUnsupportedError, match="planted"):
+            engine.extract(asked, Call())
 
 
 def test_what_a_model_keeps_of_its_recording_is_dropped(monkeypatch) -> None:
