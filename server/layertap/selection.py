@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -67,7 +68,8 @@ class Extractor(StrEnum):
 
     AUTO = "auto"
     TORCHSCRIPT = "torchscript", "T"
-    EXPORT = "export", "E", False
+    # Python 3.14 and later: PyTorch does not support TorchScript there.
+    EXPORT = "export", "E", sys.version_info >= (3, 14)
     HOOK = "hook", "H"
     FX = "fx", "F"
     LAYER_GETTER = "layer_getter", "L"

@@ -25,6 +25,7 @@ from layertap.engine import Call, Engine
 from layertap.errors import DeadlineExceededError, ExtractorUnsupportedError
 from layertap.extraction import packager
 from layertap.extraction.apart import ProgramEndedError
+from layertap.extraction.kinds import torchscript
 from layertap.extraction.kinds.export import ExportExtractor, ExportKind
 from layertap.extraction.package import InputShape, LoadedPackage, PackageError
 from layertap.extraction.passes import KeptState
@@ -35,6 +36,7 @@ from layertap.models import ModelSpec
 from oracle import outputs_of
 from quick import SLOW
 
+PATIENCE = 300.0
 LAYERS = ["bn", "bn_1", "split.0", "split.1", "mix:input", "mix"]
 
 pytestmark = [
@@ -260,6 +262,7 @@ def test_what_a_model_keeps_of_its_recording_is_dropped(monkeypatch) -> None:
         assert torch.equal(ask(engine, "net", "first", x).torch()["first"], truth)
 
 
+@pytest.mark.skipif(Extractor.EXPORT.automatic, reason="AUTO uses it on this Python")
 def test_auto_does_not_use_it(compiled: Compiled) -> None:
     """Nobody waits for a compiler without having asked for it; a request must name EXPORT."""
     host = compiled.engine.host("net")
@@ -268,6 +271,23 @@ def test_auto_does_not_use_it(compiled: Compiled) -> None:
     for _ in range(6):
         assert ask(compiled.engine, "net", ["conv"], pair(2)).extractor is not Extractor.EXPORT
     assert {Extractor.EXPORT} == SLOW
+
+
+def test_auto_uses_it_where_there_is_no_torchscript(compiled: Compiled, monkeypatch) -> None:
+    """As on Python 3.14: once the plan is ready, and HOOK until then."""
+    monkeypatch.setattr(Extractor.EXPORT, "automatic", True)
+    monkeypatch.setattr(torchscript, "trace_taps", None)
+    monkeypatch.setattr(ExportKind, "compile", None)  # The package is stored already.
+    x, seen = pair(2), []
+    with closing(loaded(compiled.folder)) as engine:
+        ends = time.monotonic() + PATIENCE
+        while Extractor.EXPORT not in seen and time.monotonic() < ends:
+            features = ask(engine, "net", LAYERS, x)
+            seen.append(features.extractor)
+            time.sleep(0.01)
+    assert list(dict.fromkeys(seen)) == [Extractor.HOOK, Extractor.EXPORT]
+    for layer, truth in zip(LAYERS, truths(x), strict=True):
+        assert difference(features.torch()[layer], truth) <= COMPILED_TOLERANCE[torch.float32]
 
 
 def library(tmp_path: Path, code: str) -> bytes:

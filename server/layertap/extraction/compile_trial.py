@@ -40,7 +40,7 @@ from layertap.extraction.points import CapturePoint
 from layertap.extraction.samples import ordinary_batch
 from layertap.models import Batch, LoadedModel
 
-__all__ = ["Case", "CompileTrial", "Faults", "depends_on_size", "run_case"]
+__all__ = ["Case", "CompileTrial", "Faults", "depends_on_size", "run_case", "sometimes"]
 
 _log = logging.getLogger(__name__)
 
@@ -120,6 +120,13 @@ def run_case(
     return Case(x, digested.digests, digested.twins, ordinary)
 
 
+def sometimes(points: Sequence[CapturePoint], cases: Sequence[Case]) -> Faults:
+    """Return the points that do not exist for every batch; no program can serve these."""
+    return {
+        point: SOMETIMES for point in points if any(point not in case.digests for case in cases)
+    }
+
+
 class _FailedError(Exception):
     """A program could not be made or run; the message says why, in words for the catalogue."""
 
@@ -162,11 +169,7 @@ class CompileTrial:
 
     def faults(self, points: Sequence[CapturePoint]) -> Generator[None, None, Faults]:
         """Return why some of the points, in execution order, can't be served."""
-        faults = {
-            point: SOMETIMES
-            for point in points
-            if any(point not in case.digests for case in self._cases)
-        }
+        faults = sometimes(points, self._cases)
         rest = [point for point in points if point not in faults]
         twins = self._twins(rest)
         tried = [point for point in rest if point not in twins]

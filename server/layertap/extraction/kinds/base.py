@@ -258,7 +258,7 @@ class CompiledKind(ExtractorKind, Generic[P]):
 
     Attributes:
         slow: Whether compiling takes so long, even in another process, that it must not keep
-            anyone else waiting. Then its claims are not tested when a model is loaded, a compute
+            anyone else waiting. Then no program is compiled when a model is loaded, a compute
             thread is free while ``assemble`` waits, and every plan is stored on disk.
         records_alone: Whether recording changes the model or the process for other threads, so
             that no pass may run meanwhile.
