@@ -300,11 +300,6 @@ class ModelHost:
         kind = kind_of(key.extractor)
         if not isinstance(kind, CompiledKind) or not kind.slow:
             return self.compute.run(lambda: self._build(key, own()), call)
-        if not self._fits:
-            raise ExtractorUnsupportedError(
-                f"{kind.name} can't serve model {self.model.name!r}: its weights are larger than "
-                "the limit plan_bytes"
-            )
         self._slow_plans.wait_for(key, own(), call)
         plan = self._known(key)
         return plan or self._built(key, own, call)  # It was dropped for others meanwhile.
