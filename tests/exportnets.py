@@ -53,19 +53,25 @@ class Branches(nn.Module):
         return self.second(x if up else -x)
 
 
+class Memory:
+    """Something that a pass left, out of sight of torch.export."""
+
+    kept: torch.Tensor | None = None
+
+
 class Remembers(nn.Module):
     """Keeps a tensor of its pass, but only while it is exported."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Conv2d(3, 4, 1)
-        self.kept: torch.Tensor | None = None
+        self.memory = Memory()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.kept is not None:
-            x = x + self.kept.mean()
+        if self.memory.kept is not None:
+            x = x + self.memory.kept.mean()
         if torch.compiler.is_exporting():
-            self.kept = x * 2
+            self.memory.kept = x * 2
         return self.first(x)
 
 

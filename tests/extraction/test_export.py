@@ -257,7 +257,7 @@ def test_what_a_model_keeps_of_its_recording_is_dropped(monkeypatch) -> None:
         x = torch.rand(2, *ITEM)
         with pytest.raises(Exception, match=r"EXPORT can't serve|not callable"):
             ask(engine, "net", "first", x, Extractor.EXPORT)
-        assert engine.host("net").model.module.kept is None
+        assert engine.host("net").model.module.memory.kept is None
         truth = outputs_of(exportnets.remembers(), x, "first")[0]
         assert torch.equal(ask(engine, "net", "first", x).torch()["first"], truth)
 

@@ -42,7 +42,7 @@ from layertap.extraction.package import InputShape, LoadedPackage
 from layertap.extraction.pause import Pause
 from layertap.models import Batch
 
-__all__ = ["SideProcessError", "compile_package", "compiler", "run_package"]
+__all__ = ["SideProcessError", "compile_package", "compiler", "main", "run_package"]
 
 COMPILE_SECONDS = 1800.0
 """Time limit of a compilation."""
