@@ -118,7 +118,7 @@ def test_only_types_give_way_to_a_narrow_terminal(engine: Engine) -> None:
     assert max(map(len, lines)) == natural - 8
     assert len(lines) == len(drawn(tree, 500))
     assert (
-        sum("[B, 8, ⌈H/2⌉, ⌈W/2⌉]" in line and line.rstrip().endswith("---HT") for line in lines)
+        sum("[B, 8, ⌈H/2⌉, ⌈W/2⌉]" in line and line.rstrip().endswith("---HET") for line in lines)
         > 10
     )
     assert any("BatchNo" in line and "…" in line for line in lines)
