@@ -29,7 +29,7 @@ DOCUMENTED = {"_exit", "_asdict", "_fields", "_replace", "_value_"}
 SHARED = {"_shared_memory"}  # BaseClient's, for AsyncClient
 
 ATTRIBUTES = {
-    *("_functorch", "_C"),  # torch
+    *("_functorch", "_aoti", "_C"),  # torch
     *("_embedding_bag", "_embedding_bag_forward_only", "_nested_tensor_from_mask_left_aligned"),
     *("_jit_pass_dce", "_create_function_from_graph", "_mkl_reorder_linear_weight"),
     *("_c", "_method_names", "_get_method", "_type"),  # torch.jit.ScriptModule
@@ -41,6 +41,7 @@ ATTRIBUTES = {
 }
 MODULES = {
     *("torch._C", "torch.utils._python_dispatch", "torch.utils._pytree"),
+    "torch._inductor",
     *("torchvision.models._utils", "torchvision.transforms._presets"),
 }
 
@@ -286,3 +287,12 @@ def test_torchvision_names_its_presets() -> None:
     assert callable(ObjectDetection)
     assert callable(SemanticSegmentation)
     assert issubclass(IntermediateLayerGetter, nn.ModuleDict)
+
+
+def test_handles_become_tensors_and_back() -> None:
+    """``torch._C._aoti`` gives a capsule with a handle of a tensor, and the tensor for a handle."""
+    x = torch.arange(6.0).view(2, 3)
+    capsules = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors([x])
+    (again,) = torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs(capsules)
+    assert again.data_ptr() == x.data_ptr()
+    assert torch.equal(again, x)

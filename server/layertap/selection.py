@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -51,19 +52,24 @@ class Extractor(StrEnum):
 
     Attributes:
         letter: The letter that tables show; empty for AUTO.
+        automatic: Whether AUTO uses it; else a request must name it.
     """
 
     letter: str
+    automatic: bool
 
-    def __new__(cls, value: str, letter: str = "") -> Self:
-        """Make a member from its value and its letter."""
+    def __new__(cls, value: str, letter: str = "", automatic: bool = True) -> Self:
+        """Make a member from its value, its letter, and whether AUTO uses it."""
         member = str.__new__(cls, value)
         member._value_ = value
         member.letter = letter
+        member.automatic = automatic
         return member
 
     AUTO = "auto"
     TORCHSCRIPT = "torchscript", "T"
+    # Python 3.14 and later: PyTorch does not support TorchScript there.
+    EXPORT = "export", "E", sys.version_info >= (3, 14)
     HOOK = "hook", "H"
     FX = "fx", "F"
     LAYER_GETTER = "layer_getter", "L"

@@ -64,11 +64,11 @@ def drawn(table: Table, width: int) -> list[str]:
 def test_flat_table(address: str) -> None:
     """A pipe gets a flat table: shape with B, dtype, exact bytes, stride and letters."""
     output = layers("residual", "--server", address).output
-    cells = "layer1 Sequential 1 [B, 8, ceil(H/2), ceil(W/2)] float32 2,048 2 CLFHT ---HT"
+    cells = "layer1 Sequential 1 [B, 8, ceil(H/2), ceil(W/2)] float32 2,048 2 CLFHET ---HET"
     assert row(output, "layer1") == cells.split()
     assert row(output, "layer1.0.relu_1")[2] == "2"
-    assert row(output, "fc")[-2:] == ["--FHT", "---HT"]
-    assert "C CHILDREN, L LAYER_GETTER, F FX, H HOOK, T TORCHSCRIPT" in output
+    assert row(output, "fc")[-2:] == ["--FHET", "---HET"]
+    assert "C CHILDREN, L LAYER_GETTER, F FX, H HOOK, E EXPORT, T TORCHSCRIPT" in output
     taken = "takes x [B, 3, H=16, W=16] float32 or images (H, W: any size, here the default)"
     assert taken in output.splitlines()[0]
 
@@ -120,7 +120,7 @@ def test_only_types_give_way_to_a_narrow_terminal(engine: Engine) -> None:
     assert max(map(len, lines)) == natural - 8
     assert len(lines) == len(drawn(tree, 500))
     assert (
-        sum("[B, 8, ⌈H/2⌉, ⌈W/2⌉]" in line and line.rstrip().endswith("---HT") for line in lines)
+        sum("[B, 8, ⌈H/2⌉, ⌈W/2⌉]" in line and line.rstrip().endswith("---HET") for line in lines)
         > 10
     )
     assert any("BatchNo" in line and "…" in line for line in lines)

@@ -27,6 +27,7 @@ from truths import Key, module_values, node_values
 from layertap.errors import ExtractorUnsupportedError, LayertapError, ModelLoadError
 from layertap.extraction import Catalogue, LayerEntry, PlanBuilder, Taps, measure
 from layertap.extraction.containers import pick
+from layertap.extraction.kinds.registry import kind_of
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.points import CapturePoint, PointKind
 from layertap.extraction.samples import ordinary_batch
@@ -45,6 +46,7 @@ GROUP_BYTES = 3 << 30
 ORDER = (
     Extractor.HOOK, Extractor.FX, Extractor.CHILDREN, Extractor.LAYER_GETTER, Extractor.TORCHSCRIPT,
 )  # fmt: skip
+"""The extractors that are asked by default. EXPORT takes minutes for each model."""
 
 
 @dataclass
@@ -93,12 +95,13 @@ class Subject:
         return pick(self.modules[point.path, point.capture.value, point.call], point.member)
 
 
-def prove(source: str, device: str = "cpu") -> Row:
-    """Load a model at the smallest size that it takes, and compare every extractor with it.
+def prove(source: str, device: str = "cpu", order: Sequence[Extractor] = ORDER) -> Row:
+    """Load a model at the smallest size that it takes, and compare extractors with it.
 
     Args:
         source: The model, such as ``"resnet18"``.
         device: What it runs on, such as ``"cuda"``.
+        order: The extractors.
     """
     begun = time.perf_counter()
     row = Row(source)
@@ -114,7 +117,7 @@ def prove(source: str, device: str = "cpu") -> Row:
     row.layers = len(entries)
     row.nodes = sum(entry.kind is PointKind.NODE for entry in catalogue)
     row.silent = sum(not entry.calls for entry in catalogue)
-    row.tallies = {extractor: Tally() for extractor in ORDER}
+    row.tallies = {extractor: Tally() for extractor in order}
     plans = PlanBuilder(model, Taps(model.module), catalogue)
     for entry in entries:
         for extractor, tally in row.tallies.items():
@@ -193,7 +196,7 @@ def _check(
         if expected is None:
             tally.wrong.append(f"{point.path} ({point.capture}): no reference")
             return
-        compiled = extractor is Extractor.TORCHSCRIPT
+        compiled = kind_of(extractor).compiled
         tolerance = COMPILED_TOLERANCE.get(expected.dtype, 0.0) if compiled else 0.0
         error = difference(value, expected)
         if error > tolerance:
@@ -211,7 +214,7 @@ def _check(
             )
         except ExtractorUnsupportedError as error:
             tally.failed = str(error)
-    if extractor is Extractor.TORCHSCRIPT and tally.wrong:
+    if kind_of(extractor).compiled and tally.wrong:
         # Before a compiled plan serves, it is compared with the same reference on this very batch.
         # So such a request gets an error, and no client gets a wrong value.
         tally.failed = f"refused when built: {', '.join(tally.wrong[:3])}"
@@ -220,23 +223,25 @@ def _check(
 
 def table(rows: Iterable[Row]) -> str:
     """Return the rows as Markdown."""
+    rows = list(rows)
+    order = next((list(row.tallies) for row in rows if row.tallies), list(ORDER))
     lines = [
         "| model | item | layers | never run | nodes | "
-        + " | ".join(extractor.name for extractor in ORDER)
+        + " | ".join(extractor.name for extractor in order)
         + " | wrong |",
-        "| --- | --- | --- | --- | --- | " + "--- | " * len(ORDER) + "--- |",
+        "| --- | --- | --- | --- | --- | " + "--- | " * len(order) + "--- |",
     ]
     for row in rows:
         if row.error:
-            lines.append(f"| {row.model} | – | – | – | – | {'– | ' * len(ORDER)} {row.error} |")
+            lines.append(f"| {row.model} | – | – | – | – | {'– | ' * len(order)} {row.error} |")
             continue
         cells = []
-        for extractor in ORDER:
+        for extractor in order:
             tally = row.tallies[extractor]
             cells.append("none" if tally.failed else f"{tally.right} / {tally.refused}")
         wrong = sum(len(tally.wrong) for tally in row.tallies.values())
         item = "×".join(map(str, row.item_shape))
-        nodes = f"{row.tallies[Extractor.FX].nodes} / {row.nodes}"
+        nodes = f"{sum(tally.nodes for tally in row.tallies.values())} / {row.nodes}"
         cells = [row.model, item, str(row.layers), str(row.silent), nodes, *cells, str(wrong)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -270,37 +275,39 @@ def section(rows: Sequence[Row]) -> str:
     ) + table(rows)
 
 
-def _apart(name: str, device: str) -> Row:
+def _apart(name: str, device: str, order: Sequence[Extractor]) -> Row:
     """Prove a model in a process of its own, so that all memory of it is given back."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
-        return pool.submit(_quietly, name, device).result()
+        return pool.submit(_quietly, name, device, order).result()
 
 
-def _quietly(name: str, device: str) -> Row:
+def _quietly(name: str, device: str, order: Sequence[Extractor]) -> Row:
     torch.set_num_threads(1)  # There is a process for each core already.
     allow_tf32(False)
     with torch.inference_mode():
-        return prove(name, device)
+        return prove(name, device, order)
 
 
 def _tell(row: Row) -> None:
     problems = [wrong for tally in row.tallies.values() for wrong in tally.wrong[:3]]
     problems += [tally.failed for tally in row.tallies.values() if tally.failed]
-    counts = " ".join(f"{e.name}={row.tallies[e].right}" for e in ORDER if row.tallies)
+    counts = " ".join(f"{e.name}={tally.right}" for e, tally in row.tallies.items())
     print(f"{row.model:32} {row.seconds:6.1f} s  {counts} {row.error} {problems}", flush=True)
 
 
-def _rows(models: Sequence[str], jobs: int, device: str) -> Iterator[Row]:
+def _rows(
+    models: Sequence[str], jobs: int, device: str, order: Sequence[Extractor]
+) -> Iterator[Row]:
     """Prove models, some at once; those for which the memory did not do beside others, alone."""
     killed = []
     with ThreadPoolExecutor(jobs) as pool:
-        proofs = {name: pool.submit(_apart, name, device) for name in models}
+        proofs = {name: pool.submit(_apart, name, device, order) for name in models}
         for name, proof in proofs.items():
             try:
                 yield proof.result()
             except BrokenProcessPool:
                 killed.append(name)
-    yield from (_apart(name, device) for name in killed)
+    yield from (_apart(name, device, order) for name in killed)
 
 
 def _place(row: Row) -> tuple[bool, str]:
@@ -313,10 +320,14 @@ def main() -> int:
     parser.add_argument("models", nargs="*", help="torchvision or timm: names; all if none")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="models at once")
     parser.add_argument("--device", default="cpu", help="what the models run on, such as cuda")
+    parser.add_argument(
+        "--extractors", nargs="+", type=Extractor, default=ORDER, help="such as hook export"
+    )
     parser.add_argument("--write", type=Path, help="the Markdown file to write")
     options = parser.parse_args()
     rows = []
-    for row in _rows(options.models or every_model(), options.jobs, options.device):
+    models = options.models or every_model()
+    for row in _rows(models, options.jobs, options.device, options.extractors):
         rows.append(row)
         _tell(row)
         if options.write:  # Each time, so that a run that is cut keeps what it has.

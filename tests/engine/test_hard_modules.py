@@ -19,6 +19,7 @@ from layertap.extraction.plan_cache import PlanCache
 from layertap.models import ModelSpec
 from layertap.selection import Capture
 from oracle import outputs_of
+from quick import QUICK
 
 ITEM = (3, 16, 16)
 
@@ -104,10 +105,8 @@ def test_quantised_layers_are_sent_dequantised(engine, layer) -> None:
     assert spec.quantized == ("quint8" if value.is_quantized else "")
     assert spec.dtype is torch.float32
     right = value.dequantize() if value.is_quantized else value
-    for extractor in (
-        Extractor.AUTO,
-        *engine.host("quantized").catalogue.entry(layer).served_by(Capture.OUTPUT),
-    ):
+    claimed = engine.host("quantized").catalogue.entry(layer).served_by(Capture.OUTPUT)
+    for extractor in (Extractor.AUTO, *filter(QUICK.__contains__, claimed)):
         try:
             got = asking.ask(engine, "quantized", layer, images(), extractor)[layer]
         except errors.ExtractorUnsupportedError:

@@ -18,6 +18,7 @@ from layertap.extraction.verify import COMPILED_TOLERANCE, difference
 from layertap.models import ModelSpec
 from layertap.services.native_form import NativeForm
 from oracle import outputs_of
+from quick import QUICK
 from tinynets import ITEM
 
 LAYERS = ("bn1", "layer1")
@@ -60,7 +61,7 @@ def ask(engine: Engine, x: torch.Tensor, extractor: Extractor) -> dict[str, torc
     return asking.ask(engine, "residual", LAYERS, x, extractor).torch()
 
 
-@pytest.mark.parametrize("extractor", [e for e in Extractor if e is not Extractor.AUTO])
+@pytest.mark.parametrize("extractor", QUICK)
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_values_are_those_of_the_model_in_its_form(

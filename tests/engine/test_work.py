@@ -27,6 +27,7 @@ from layertap.engine import Call, Engine, Extraction, HostOptions
 from layertap.extraction.verify import COMPILED_TOLERANCE, difference
 from layertap.models import ModelSpec
 from oracle import outputs_of
+from quick import QUICK
 from tinynets import ITEM
 from together import Together, asking, threads
 
@@ -58,7 +59,7 @@ def inputs(*sizes: int) -> list[np.ndarray]:
     return [made.random((size, *ITEM), dtype=np.float32) for size in sizes]
 
 
-@pytest.mark.parametrize("extractor", [e for e in Extractor if e is not Extractor.AUTO])
+@pytest.mark.parametrize("extractor", QUICK)
 def test_each_gets_what_it_would_have_got_alone(engine, extractor) -> None:
     """Four requests of different sizes share one pass; each gets the values of its own items."""
     sizes = load(engine, "tinynets:residual")

@@ -26,7 +26,8 @@ from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.samples import ordinary_batch, reaching_batches
 from layertap.extraction.trial import tried
 from layertap.models import Batch, LoadedModel, ModelSpec, load_model
-from layertap.selection import Capture, Extractor
+from layertap.selection import Capture
+from quick import QUICK
 
 
 def rounds() -> LoadedModel:
@@ -65,12 +66,11 @@ def used(model: LoadedModel) -> None:
     with torch.inference_mode():
         catalogue = measure(model)
         builder = PlanBuilder(model, Taps(model.module), catalogue)
-        for extractor in Extractor:
+        for extractor in QUICK:
             points = [
                 entry.points[Capture.OUTPUT]
                 for entry in catalogue
-                if entry.calls and extractor is not Extractor.AUTO
-                if entry.serves(extractor, Capture.OUTPUT)
+                if entry.calls and entry.serves(extractor, Capture.OUTPUT)
             ]
             if points:
                 with suppress(LayertapError):

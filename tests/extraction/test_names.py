@@ -56,7 +56,11 @@ def test_the_result_is_a_layer_that_globs_leave_out() -> None:
     found = catalogue("functions")
     entry = found.entry("output")
     assert entry.is_result
-    assert entry.served_by(Capture.OUTPUT) == [Extractor.TORCHSCRIPT, Extractor.HOOK]
+    assert entry.served_by(Capture.OUTPUT) == [
+        Extractor.TORCHSCRIPT,
+        Extractor.EXPORT,
+        Extractor.HOOK,
+    ]
     assert entry.specs[Capture.OUTPUT].shape(2) == (2, 5)
     assert Capture.INPUT not in entry.points
     assert [each.name for each in found.match("**")] == ["conv"]

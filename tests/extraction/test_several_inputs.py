@@ -16,6 +16,7 @@ from layertap.extraction.trial import tried
 from layertap.models import LoadedModel, ModelSpec, load_model
 from layertap.selection import Capture, Extractor
 from layertap.settings import DeclaredInput
+from quick import QUICK
 
 
 def trial(net: str, item_shape: tuple[int, ...] | None = None, **more: object) -> LoadedModel:
@@ -140,7 +141,7 @@ def test_every_extractor_that_claims_a_layer_gives_the_fresh_modules_values(net:
     with closing(engine):
         engine.load(ModelSpec(f"severalnets:{net}", name="net", item_shape=SHAPES.get(net)))
         entry = engine.host("net").catalogue.entry("output")
-        claimed = entry.served_by(Capture.OUTPUT)
+        claimed = [each for each in entry.served_by(Capture.OUTPUT) if each in QUICK]
         assert Extractor.HOOK in claimed
         for extractor in claimed:
             features = ask(engine, "net", "output", BATCHES[net], extractor)

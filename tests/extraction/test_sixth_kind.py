@@ -40,12 +40,12 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     insert(
         package / "selection.py",
         '    AUTO = "auto"\n',
-        '    TORCH_EXPORT = "torch_export", "E"\n',
+        '    TORCH_EXPORT = "torch_export", "X"\n',
     )
     insert(
         tree / "proto" / "layertap" / "v1" / "catalogue.proto",
-        "  EXTRACTOR_CHILDREN = 6;\n",
-        "  // An exported program.\n  EXTRACTOR_TORCH_EXPORT = 7;\n",
+        "  EXTRACTOR_EXPORT = 7;\n",
+        "  // An exported program.\n  EXTRACTOR_TORCH_EXPORT = 8;\n",
     )
     generator = ROOT / "tools" / "gen_proto.py"
     subprocess.run([GENERATOR, generator, "--root", tree], check=True, capture_output=True)
@@ -81,14 +81,14 @@ def test_a_new_kind_is_in_the_catalogue(facts) -> None:
         ["CAPTURE_OUTPUT", True, ""],
         ["CAPTURE_INPUT", False, "it takes outputs only"],
     ]
-    assert asked["letters"] == "CLFHTE"
+    assert asked["letters"] == "CLFHETX"
 
 
 def test_a_new_kind_refuses_what_it_does_not_claim(facts) -> None:
     """An input, a graph node, and a layer after a branch on values."""
     asked = facts["asked"]
     assert "TORCH_EXPORT can't serve the input of layer 'layer2'" in asked["input"]
-    assert "it takes outputs only; extractors that can: TORCHSCRIPT, HOOK" in asked["input"]
+    assert "it takes outputs only; extractors that can: TORCHSCRIPT, EXPORT, HOOK" in asked["input"]
     assert "a node of the symbolic graph, not a module; extractors that can: FX" in asked["node"]
     assert "branches on tensor values" in facts["refused"]["raises"]
 

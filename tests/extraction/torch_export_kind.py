@@ -16,7 +16,7 @@ from layertap.extraction.base import BuiltExtractor, Values
 from layertap.extraction.kinds.base import BuildContext, CompiledKind, Take, cloned
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.points import Sink
-from layertap.models import Batch
+from layertap.models import Batch, LoadedModel
 from layertap.selection import Extractor
 
 __all__ = ["KIND", "TorchExportKind"]
@@ -98,7 +98,7 @@ class TorchExportKind(CompiledKind[torch.export.ExportedProgram]):
         torch.export.save(program, buffer)
         return buffer.getbuffer()
 
-    def load(self, data: bytes, device: torch.device) -> torch.export.ExportedProgram:
+    def load(self, data: bytes, model: LoadedModel) -> torch.export.ExportedProgram:
         """See CompiledKind."""
         return torch.export.load(io.BytesIO(data))
 

@@ -139,7 +139,7 @@ class Batches:
     def _answer(
         self, worker: Worker, given: InputLike, extractor: Extractor, fallback: bool
     ) -> Answer:
-        order = list(Extractor)
+        order = [each for each in Extractor if each.automatic]
         following = order[order.index(extractor) + 1 :] if fallback else []
         try:
             return worker.ask(given, self._selections, extractor)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import TypeVar
@@ -16,6 +16,7 @@ from layertap.engine.lengths import Lengths
 from layertap.engine.promotion import Promoter
 from layertap.engine.resolve import Resolved, resolve
 from layertap.engine.sharing import MAX_CALLERS, Sharing, Trial
+from layertap.engine.slow_plans import SlowPlans
 from layertap.engine.staging import proven_staging
 from layertap.engine.text_batch import names_of_texts
 from layertap.errors import (
@@ -30,12 +31,13 @@ from layertap.extraction.claims import kept_claims
 from layertap.extraction.cpu_twin import with_twin
 from layertap.extraction.guards import GuardTree, Outcome, in_words
 from layertap.extraction.kept_catalogue import CatalogueFile
-from layertap.extraction.kinds.base import ExtractorKind
+from layertap.extraction.kinds.base import CompiledKind, ExtractorKind
 from layertap.extraction.kinds.registry import KINDS, REFERENCE, kind_of
 from layertap.extraction.measure import measure_with_graph
 from layertap.extraction.padding import TokenAxis
 from layertap.extraction.padding_proof import PaddingFindings
 from layertap.extraction.passes import KeptState, PassScope
+from layertap.extraction.pause import Pause, run_to_end, wait
 from layertap.extraction.plan import Plan, PlanKey, quoted
 from layertap.extraction.plan_builder import PlanBuilder
 from layertap.extraction.plan_cache import PlanCache, fingerprint
@@ -200,6 +202,7 @@ class ModelHost:
         self._fits = self.weight_bytes <= limits.plan_bytes
         self._max_compiled = max(1, limits.plan_bytes // max(1, self.weight_bytes))
         self._promoter: Promoter[PlanKey] = Promoter(self._compile)
+        self._slow_plans: SlowPlans[PlanKey] = SlowPlans(self._compile)
         self.lengths = self._lengths(call)
         self.sharing = Sharing(
             model.name, self.options.batching, self._trial, self._served, self._names_of
@@ -288,7 +291,7 @@ class ModelHost:
                 "shapes of such items are measured", self.model.name, batch_key,
             )  # fmt: skip
             known = self.measure(known, call)
-        plan = known or self.compute.run(lambda: self._build(key, own()), call)
+        plan = known or self._built(key, own, call)
         if plan.refusal(size) is None:
             prove_size = self._builder.prover.prove_size
             self.compute.run(lambda: prove_size(plan, size, own()), call)
@@ -301,6 +304,15 @@ class ModelHost:
             f"{extractor.name} can't serve {quoted(plan.points)} of model {self.model.name!r} "
             f"at batch size {size}: {refusal}"
         )
+
+    def _built(self, key: PlanKey, own: Callable[[], Batch | None], call: Call) -> Plan:
+        """Build a plan on a compute thread; if that takes long, other requests run meanwhile."""
+        kind = kind_of(key.extractor)
+        if not isinstance(kind, CompiledKind) or not kind.slow:
+            return self.compute.run(lambda: self._build(key, own()), call)
+        self._slow_plans.wait_for(key, own(), call)
+        plan = self._known(key)
+        return plan or self._built(key, own, call)  # It was dropped for others meanwhile.
 
     def find_independence(self, plan: Plan, size: int, call: Call) -> None:
         """Find out whether the items of a batch influence each other, if that matters.
@@ -476,6 +488,7 @@ class ModelHost:
         """
         self._promoter.close()
         self.sharing.close()
+        self._slow_plans.close()
 
     def close(self) -> None:
         """Remove the hooks from the model, and drop its plans."""
@@ -537,7 +550,7 @@ class ModelHost:
     def _log_uncompiled(self, resolved: Resolved) -> None:
         """Log why declared layers can't be compiled, according to the catalogue."""
         for extractor, kind in KINDS.items():
-            if not kind.compiled or extractor in resolved.candidates:
+            if not kind.compiled or not kind.automatic or extractor in resolved.candidates:
                 continue
             for layer, point in (each for output in resolved.outputs for each in output.members):
                 side = resolved.points[point].capture
@@ -583,10 +596,7 @@ class ModelHost:
         for outcome in outcomes:
             mine = key._replace(outcome=outcome)
             try:
-                steps = self._builder.steps(mine, keep=True)
-                while (plan := self.compute.run(partial(next, steps), call)) is None:
-                    pass
-                plans.append(plan)
+                plans.append(run_to_end(self._stepped(self._builder.steps(mine, keep=True), call)))
                 return_memory()
             except (ExtractorUnsupportedError, OverloadedError) as refusal:
                 # Lack of memory is not recorded as a refusal, as memory may be free later. Nor is
@@ -750,12 +760,23 @@ class ModelHost:
         self._refuse_another_outcome(key)
         steps = self._builder.steps(key, example=given if key.outcome else None)
         try:
-            while (plan := self.compute.run(partial(next, steps), Call())) is None:
-                yield
+            plan = yield from self._stepped(steps, Call())
         except (InvalidInputError, ExtractorUnsupportedError) as refusal:
             self._refuse(key, refusal)
             raise
         self._keep(key, plan)
+
+    def _stepped(
+        self, steps: Iterator[Plan | Pause | None], call: Call
+    ) -> Generator[None, None, Plan]:
+        """Run the steps of a builder on a compute thread, and yield between them; return the plan.
+
+        Where a step only waits, this waits for it, and the compute thread is free.
+        """
+        while not isinstance(step := self.compute.run(partial(next, steps), call), Plan):
+            wait(step)
+            yield
+        return step
 
     def _keep(self, key: PlanKey, plan: Plan) -> None:
         """Keep a plan, and drop the least recently used ones if there are too many."""

@@ -389,7 +389,7 @@ def _candidates(
             if (kind.gradients or spec.objective is None) and (kind.edits or not spec.sites)
         )
     able = [set(entry.served_by(selection.capture)) for selection, entry in matches]
-    common = set.intersection(*able)
+    common = {each for each in set.intersection(*able) if KINDS[each].automatic}
     if not common:
         nodes = _joined(kind.name for kind in KINDS.values() if kind.nodes)
         inputs = _joined(kind.name for kind in KINDS.values() if Capture.INPUT in kind.captures)

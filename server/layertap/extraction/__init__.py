@@ -1,4 +1,4 @@
-"""Captures values of a model's layers: taps, the five extractors, catalogue and plans."""
+"""Captures values of a model's layers: taps, the extractors, catalogue and plans."""
 
 from layertap.extraction.catalogue import Catalogue, LayerEntry, Support
 from layertap.extraction.measure import measure

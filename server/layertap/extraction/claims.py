@@ -10,7 +10,7 @@ Note [Tried before the first request]
 
     Some faults show on none of these batches: a branch on batch sizes above three, say, or code
     that treats items of another shape differently. Then the proof of the first such request's plan
-    finds the fault, and that request is refused.
+    finds the fault, and that request is refused. A kind that compiles slowly is tested then only.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from layertap.extraction.compile_trial import (
     Faults,
     depends_on_size,
     run_case,
+    sometimes,
 )
 from layertap.extraction.digest import sample_step
 from layertap.extraction.guards import is_fraction
@@ -134,7 +135,9 @@ class _Trial:
         cases = [case for case, _ in seen]
         for extractor, claimed in claims.items():
             kind = KINDS[extractor]
-            if isinstance(kind, CompiledKind) and claimed:
+            if isinstance(kind, CompiledKind) and kind.slow:
+                found[extractor] = _Found(sometimes(claimed, cases))
+            elif isinstance(kind, CompiledKind) and claimed:
                 faults = yield from self._programs(kind, claimed, steps, seen)
                 found[extractor] = _Found(faults)
             elif trace and claimed:

@@ -35,11 +35,12 @@ from layertap.extraction.out_of_memory import is_out_of_memory
 from layertap.extraction.own_words import compiler_words, own_words
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.passes import PassScope
+from layertap.extraction.pause import waiting
 from layertap.extraction.points import CapturePoint
 from layertap.extraction.samples import ordinary_batch
 from layertap.models import Batch, LoadedModel
 
-__all__ = ["Case", "CompileTrial", "Faults", "depends_on_size", "run_case"]
+__all__ = ["Case", "CompileTrial", "Faults", "depends_on_size", "run_case", "sometimes"]
 
 _log = logging.getLogger(__name__)
 
@@ -119,6 +120,13 @@ def run_case(
     return Case(x, digested.digests, digested.twins, ordinary)
 
 
+def sometimes(points: Sequence[CapturePoint], cases: Sequence[Case]) -> Faults:
+    """Return the points that do not exist for every batch; no program can serve these."""
+    return {
+        point: SOMETIMES for point in points if any(point not in case.digests for case in cases)
+    }
+
+
 class _FailedError(Exception):
     """A program could not be made or run; the message says why, in words for the catalogue."""
 
@@ -161,11 +169,7 @@ class CompileTrial:
 
     def faults(self, points: Sequence[CapturePoint]) -> Generator[None, None, Faults]:
         """Return why some of the points, in execution order, can't be served."""
-        faults = {
-            point: SOMETIMES
-            for point in points
-            if any(point not in case.digests for case in self._cases)
-        }
+        faults = sometimes(points, self._cases)
         rest = [point for point in points if point not in faults]
         twins = self._twins(rest)
         tried = [point for point in rest if point not in twins]
@@ -310,8 +314,8 @@ class CompileTrial:
             cases.extend([larger] if larger else [])
         yield
         try:
-            answers = yield from self._kind.run_apart(
-                program, [case.x for case in cases], model.device
+            answers = yield from waiting(
+                self._kind.run_apart(program, [case.x for case in cases], model.device)
             )
         except ProgramEndedError as error:
             raise _FailedError(f"a compiled program fails ({error})") from error

@@ -31,7 +31,6 @@ import hashlib
 import json
 import logging
 import os
-import platform
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -53,6 +52,7 @@ from layertap.extraction.own_words import own_words
 from layertap.extraction.passes import KeptState, PassRules, PassScope
 from layertap.extraction.plan_cache import PlanCache, fingerprint, remove
 from layertap.extraction.points import CapturePoint, PointKind
+from layertap.extraction.processor import processor
 from layertap.extraction.records import from_record, to_record
 from layertap.extraction.samples import ordinary_batch
 from layertap.extraction.survey import LooksSurvey
@@ -331,7 +331,7 @@ def facts_of(model: LoadedModel, weights: str) -> dict[str, str]:
         "weights": weights,
         "code": code,
         "device": _device(model.device),
-        "processor": _processor(),
+        "processor": processor(),
         "threads": str(torch.get_num_threads()),
         "numerics": repr(_numerics()),
         "environment": _digest(repr(sorted(_environment()))),
@@ -362,18 +362,6 @@ def _device(device: torch.device) -> str:
     if device.type != "cuda":
         return device.type
     return repr((device, torch.cuda.get_device_name(device), torch.backends.cudnn.version()))
-
-
-@cache
-def _processor() -> str:
-    """Return what is known of the processor, which decides the kernels of oneDNN."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
-    except OSError:
-        lines = []
-    kept = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU "))}
-    known = (platform.machine(), torch.backends.cpu.get_cpu_capability())
-    return f"{' '.join(known)} {_digest(repr(sorted(kept)))}"
 
 
 def _numerics() -> tuple[Any, ...]:

@@ -277,7 +277,9 @@ def _notes(findings: Measurement, entries: Mapping[str, LayerEntry]) -> Iterator
 
 def _branches(findings: Measurement) -> str:
     """Say how layers after a branch are served."""
-    compiled = " and ".join(kind.name for kind in KINDS.values() if kind.compiled)
+    compiled = " and ".join(
+        kind.name for kind in KINDS.values() if kind.compiled and kind.automatic
+    )
     if findings.looks.looked.keys() <= findings.looks.unguarded.keys():
         return f"{compiled} serves no layer from there on"
     return (

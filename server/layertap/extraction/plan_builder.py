@@ -8,7 +8,8 @@ Note [Programs for several sizes]
     memory of another copy of the weights. If none does, the size gets a program of its own. Two
     kinds of programs are never tried at another size: those with native operations that check no
     sizes, which could end the process there, and those whose recorded pass looked at values, as the
-    guard of another size may look at others.
+    guard of another size may look at others. A package of EXPORT refuses sizes for which it was not
+    compiled, and runs in a child process before it is tried at another size.
 
 Note [Examples to record from]
     Code may treat a batch of one item as a special case. The decoders of transformers do: ``if
@@ -42,6 +43,7 @@ from layertap.extraction.apart import ProgramEndedError
 from layertap.extraction.base import BuiltExtractor, Values
 from layertap.extraction.catalogue import Catalogue
 from layertap.extraction.edit_plan import EditPlanner
+from layertap.extraction.gate import no_forward_pass
 from layertap.extraction.gradient_plan import GradientPlanner
 from layertap.extraction.guards import Look, Outcome, Tape, in_words, is_subsequence
 from layertap.extraction.kinds.base import (
@@ -56,6 +58,7 @@ from layertap.extraction.out_of_memory import is_out_of_memory
 from layertap.extraction.outcomes import Outcomes, Recorded
 from layertap.extraction.own_words import compiler_words, own_words
 from layertap.extraction.pass_spec import PassSpec
+from layertap.extraction.pause import Pause, run_to_end, wait
 from layertap.extraction.plan import Findings, Plan, PlanKey, quoted
 from layertap.extraction.plan_cache import PlanCache, PlanFile, fingerprint, plan_digest
 from layertap.extraction.points import CapturePoint, ValueSpec
@@ -103,8 +106,9 @@ class _Proof:
     @property
     def examples(self) -> list[Batch]:
         """The batches to record programs from; see Note [Examples to record from]."""
-        several = [x for x, _ in self.cases if x.size > self.example.size]
-        return [*several[:1], self.example]
+        several = [x for x, _ in self.cases if x.size > self.example.size][:1]
+        one = not isinstance(self.kind, CompiledKind) or self.kind.records_one_item
+        return [*several, self.example] if one or not several else several
 
     def specs(self) -> list[ValueSpec]:
         """Return the type and shape of each value, by the first batches of one and two items."""
@@ -192,11 +196,13 @@ class PlanBuilder:
         self.outcomes = Outcomes(measuring, catalogue.looks.looked)
         self.prover = Prover(measuring, self.outcomes)
         self._gradients = GradientPlanner(self._context, self.prover, self._placed)
-        self._edits = EditPlanner(self._context, self.prover, catalogue, self.steps)
+        self._edits = EditPlanner(self._context, self.prover, catalogue, self._plain_steps)
         # Programs whose recorded pass looked at nothing: they may hold for other outcomes as well.
         self._general: WeakValueDictionary[PlanKey, BuiltExtractor] = WeakValueDictionary()
         # Programs that may be tried at other sizes, as long as some plan has them.
         self._portable: WeakKeyDictionary[BuiltExtractor, _Purpose] = WeakKeyDictionary()
+        # Those of them that run in a child process first, at each such size.
+        self._tried_first: WeakKeyDictionary[BuiltExtractor, Any] = WeakKeyDictionary()
 
     def build(
         self,
@@ -219,21 +225,23 @@ class PlanBuilder:
             batch_key: What the batches to serve have in common.
             outcome: What the model's looks give for the batches to serve, for a compiled plan.
             example: A batch of that outcome, as the model takes it; None if samples are to show it.
-            keep: Whether to use a compiled plan stored on disk, or else to store the new one.
+            keep: Whether to use a compiled plan stored on disk, or else to store the new one. This
+                is always done for a kind that compiles slowly.
 
         Raises:
             InvalidInputError: If the model itself can't run on such items.
             ExtractorUnsupportedError: If the extractor can't be built or its values differ.
         """
         key = PlanKey(extractor, pass_spec, batch_key, outcome)
-        *_, plan = self.steps(key, example=example, keep=keep)
-        if plan is None:
-            raise AssertionError("the last step yields the plan")
-        return plan
+        for step in self.steps(key, example=example, keep=keep):
+            if isinstance(step, Plan):
+                return step
+            wait(step)
+        raise AssertionError("the last step yields the plan")
 
     def steps(
         self, key: PlanKey, *, example: Batch | None = None, keep: bool = False
-    ) -> Iterator[Plan | None]:
+    ) -> Iterator[Plan | Pause | None]:
         """Do what ``build`` does in steps of about one forward pass; yield the plan at the end."""
         extractor, pass_spec, batch_key, outcome = key
         if pass_spec.sites:
@@ -243,6 +251,7 @@ class PlanBuilder:
             yield from self._gradients.steps(key)
             return
         kind, points = kind_of(extractor), pass_spec.points
+        keep = keep or (isinstance(kind, CompiledKind) and kind.slow)
         if isinstance(kind, ReferenceKind) and batch_key == self._model.signature.key:
             # Measuring has already run this kind at this size, so nothing needs to be learnt.
             specs = tuple(self._catalogue.specs[point] for point in points)
@@ -259,9 +268,15 @@ class PlanBuilder:
                 return
         yield from self._proven(kind, key, keep=keep)
 
+    def _plain_steps(self, key: PlanKey) -> Iterator[Plan | None]:
+        """Do the same for a kind that never waits for another process."""
+        for step in self.steps(key):
+            wait(step)
+            yield step if isinstance(step, Plan) else None
+
     def _proven(
         self, kind: AnyKind, key: PlanKey, *, keep: bool
-    ) -> Generator[Plan | None, None, None]:
+    ) -> Generator[Plan | Pause | None, None, None]:
         """Build a plan for items on which no looks are known, and prove it in full."""
         pass_spec, batch_key, points = key.pass_spec, key.batch_key, key.pass_spec.points
         batches = [ordinary_batch(self._model, size, batch_key) for size in (1, 2)]
@@ -296,7 +311,7 @@ class PlanBuilder:
 
     def _of_kept_proof(
         self, kind: CompiledKind[Any], key: PlanKey
-    ) -> Generator[None, None, Plan | None]:
+    ) -> Generator[Pause | None, None, Plan | None]:
         """Return the plan of a stored program whose proof is kept; None if there is none.
 
         See Note [Proofs that are kept] in ``plan_cache``. The program is compared on one item.
@@ -306,19 +321,19 @@ class PlanBuilder:
         stored = self._stored(kind, key.pass_spec, x.key)
         if not stored or not self._facts or key.batch_key != self._model.signature.key:
             return None
-        program = stored.load(kind, self._model.device)
+        program = stored.load(kind, self._model)
         sizes = stored.proven_sizes(self._facts) if program is not None else []
-        if program is None or not sizes or kind.may_end_the_process(program):
+        if program is None or not sizes or not kind.kept_proof_holds(program):
             return None
         yield None
         try:
             proof = _Proof(kind, key.pass_spec, [(x, self.prover.truth(key.pass_spec, x))])
-            built = yield from self._warm(kind, program, proof)
+            built = yield from self._warm(kind, program, proof, apart=False)
         except (ExtractorUnsupportedError, InvalidInputError) as error:
             _log.warning("model %s: a kept proof no longer holds: %s", self._model.name, error)
             stored.forget()
             return None
-        self._portable[built] = _Purpose.of(kind, proof)
+        self._offer(kind, program, built, proof)
         specs = tuple(self._catalogue.specs[point] for point in points)
         return Plan(kind, key.pass_spec, key.batch_key, specs, built, Findings(sizes))
 
@@ -331,7 +346,7 @@ class PlanBuilder:
 
     def _of_outcome(
         self, kind: CompiledKind[Any], key: PlanKey, example: Batch | None, *, keep: bool
-    ) -> Iterator[Plan | None]:
+    ) -> Iterator[Plan | Pause | None]:
         """Build a compiled plan for one outcome; see ``guards``."""
         cases = yield from self.prover.cases(kind, key, example)
         outcome = key.outcome or ()
@@ -355,18 +370,18 @@ class PlanBuilder:
 
     def _compiled(
         self, kind: CompiledKind[Any], proof: _Proof, *, keep: bool
-    ) -> Generator[None, None, BuiltExtractor]:
+    ) -> Generator[Pause | None, None, BuiltExtractor]:
         """Return a compiled, proven and warm extractor: the stored one, or else a new one."""
         stored = (
             self._stored(kind, proof.pass_spec, proof.example.key, proof.outcome) if keep else None
         )
-        program = stored.load(kind, self._model.device) if stored else None
+        program = stored.load(kind, self._model) if stored else None
         if stored and program is not None:
-            portable = not proof.outcome and not kind.may_end_the_process(program)
+            portable = not proof.outcome and self._is_portable(kind, program)
             try:
                 built = yield from self._warm(kind, program, proof)
                 if portable:
-                    self._portable[built] = _Purpose.of(kind, proof)
+                    self._offer(kind, program, built, proof)
                 self._keep_proof(stored, proof)
                 return built
             except ExtractorUnsupportedError:
@@ -385,15 +400,20 @@ class PlanBuilder:
 
     def _recorded(
         self, kind: CompiledKind[Any], proof: _Proof, example: Batch, stored: PlanFile | None
-    ) -> Generator[None, None, BuiltExtractor]:
+    ) -> Generator[Pause | None, None, BuiltExtractor]:
         """Return the extractor of a program that is recorded from one example."""
-        program, general = self._compile(kind, proof.pass_spec, example, proof.outcome)
+        recorded, general = self._compile(kind, proof.pass_spec, example, proof.outcome)
         yield None
-        portable = (general or not proof.outcome) and not kind.may_end_the_process(program)
+        try:
+            program = yield from kind.assemble(recorded)
+        except ProgramEndedError as error:
+            reason = f"compiling failed ({error})"
+            raise self._refusal(kind, proof.pass_spec, reason) from error
+        portable = (general or not proof.outcome) and self._is_portable(kind, program)
         with stored.storing(kind, program) if stored else nullcontext():
             built = yield from self._warm(kind, program, proof)
         if portable:
-            self._portable[built] = _Purpose.of(kind, proof)
+            self._offer(kind, program, built, proof)
         if stored:
             self._keep_proof(stored, proof)
         if general:
@@ -401,11 +421,18 @@ class PlanBuilder:
         return built
 
     def _warm(
-        self, kind: CompiledKind[Any], program: Any, proof: _Proof
-    ) -> Generator[None, None, BuiltExtractor]:
-        """Finish, prove and warm a program. Any exception means that this plan can't be built."""
+        self, kind: CompiledKind[Any], program: Any, proof: _Proof, *, apart: bool = True
+    ) -> Generator[Pause | None, None, BuiltExtractor]:
+        """Finish, prove and warm a program. Any exception means that this plan can't be built.
+
+        Args:
+            kind: The kind that compiled it.
+            program: The program.
+            proof: What it is compared with.
+            apart: Whether a program that could end the process runs in a child process first.
+        """
         try:
-            if kind.may_end_the_process(program):
+            if apart and kind.may_end_the_process(program):
                 yield from self._tried_apart(kind, program, proof)
             built = kind.finish(program, proof.example)
             yield None
@@ -425,7 +452,7 @@ class PlanBuilder:
 
     def _adopted(
         self, kind: CompiledKind[Any], proof: _Proof
-    ) -> Generator[None, None, BuiltExtractor | None]:
+    ) -> Generator[Pause | None, None, BuiltExtractor | None]:
         """Return a program compiled for items of another size that holds for these as well.
 
         See Note [Programs for several sizes]. None if there is no such program.
@@ -438,6 +465,8 @@ class PlanBuilder:
             yield None
         for built in programs[-_MAX_ADOPTED:]:
             try:
+                if built in self._tried_first:
+                    yield from self._tried_apart(kind, self._tried_first[built], proof)
                 yield from proof.steps(built)
                 for _ in range(kind.warm_up_runs):
                     built.run(proof.example.clone(), lambda index, value: None)
@@ -455,7 +484,21 @@ class PlanBuilder:
                 return built
         return None
 
-    def _tried_apart(self, kind: CompiledKind[Any], program: Any, proof: _Proof) -> Iterator[None]:
+    def _is_portable(self, kind: CompiledKind[Any], program: Any) -> bool:
+        """Return whether a program may be tried at other sizes."""
+        return kind.checks_sizes or not kind.may_end_the_process(program)
+
+    def _offer(
+        self, kind: CompiledKind[Any], program: Any, built: BuiltExtractor, proof: _Proof
+    ) -> None:
+        """Let a proven program be tried at other sizes."""
+        self._portable[built] = _Purpose.of(kind, proof)
+        if kind.may_end_the_process(program):
+            self._tried_first[built] = program
+
+    def _tried_apart(
+        self, kind: CompiledKind[Any], program: Any, proof: _Proof
+    ) -> Iterator[Pause | None]:
         """Compare a program with the reference in a child process; see ``apart``."""
         key = PlanKey(kind.id, proof.pass_spec, proof.example.key, proof.outcome)
         larger = (
@@ -516,8 +559,16 @@ class PlanBuilder:
         kind = kind_of(extractor)
         if isinstance(kind, CompiledKind):
             outcome = self.outcomes.observe(pass_spec, example)
-            return kind.finish(self._compile(kind, pass_spec, example, outcome)[0], example)
+            program = self._compile(kind, pass_spec, example, outcome)[0]
+            return kind.finish(self._assembled(kind, pass_spec, program), example)
         return kind.build(self._context, pass_spec)
+
+    def _assembled(self, kind: CompiledKind[Any], pass_spec: PassSpec, recorded: Any) -> Any:
+        """Return the compiled program, and wait for it here."""
+        try:
+            return run_to_end(kind.assemble(recorded))
+        except ProgramEndedError as error:
+            raise self._refusal(kind, pass_spec, f"compiling failed ({error})") from error
 
     def _compile(
         self, kind: CompiledKind[Any], pass_spec: PassSpec, example: Batch, outcome: Outcome
@@ -526,7 +577,7 @@ class PlanBuilder:
         try:
             found = self._refuse_obstacles(kind, pass_spec, example, outcome)
             looks = self._looks_recorded(kind, pass_spec, example) if outcome else []
-            with self._scope:
+            with self._recording(kind):
                 program = kind.compile(self._context, pass_spec, example.clone())
         except ExtractorUnsupportedError:
             raise
@@ -551,10 +602,24 @@ class PlanBuilder:
         """
         tapes: list[Tape] = []
         context = replace(self._context, watching=partial(self._watched, tapes))
-        with self._scope, suppress(_WatchedError):
+        with self._recording(kind), suppress(_WatchedError):
             kind.compile(context, pass_spec, example.clone())
             raise self._refusal(kind, pass_spec, "its recording can't be watched")
         return tapes[0].looks
+
+    @contextmanager
+    def _recording(self, kind: CompiledKind[Any]) -> Iterator[None]:
+        """Enter the scope to record a program, and keep other passes out if the kind needs that."""
+        # The scope of such a model does it itself.
+        alone = kind.records_alone and not self._scope.rules.exclusive
+        # Before the scope, for which the pass of another thread may be waiting.
+        with no_forward_pass() if alone else nullcontext(), self._scope as scope:
+            try:
+                yield
+            finally:
+                if kind.records_alone:
+                    # The model may have kept something of it, such as tensors without elements.
+                    scope.learn(self._model.name)
 
     @contextmanager
     def _watched(self, tapes: list[Tape], x: Batch) -> Iterator[None]:

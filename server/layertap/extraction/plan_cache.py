@@ -44,7 +44,7 @@ __all__ = ["PlanCache", "PlanFile", "fingerprint", "plan_digest", "remove"]
 
 _log = logging.getLogger(__name__)
 
-FORMAT = "4"
+FORMAT = "5"
 SUFFIX = ".plan.pt"
 CATALOGUE_SUFFIX = ".catalogue"
 PROOF_SUFFIX = ".proof"
@@ -220,7 +220,7 @@ class PlanFile:
         except (OSError, ConfigError) as error:
             _log.warning("proof not kept: %s", error)
 
-    def load(self, kind: CompiledKind[Any], device: torch.device) -> Any:
+    def load(self, kind: CompiledKind[Any], model: LoadedModel) -> Any:
         """Return the stored program of a kind; None if there is none or it can't be read."""
         try:
             data = self._path.read_bytes()
@@ -232,7 +232,7 @@ class PlanFile:
             return None
         self._digest = hashlib.blake2b(data).hexdigest()
         try:
-            program = kind.load(data, device)
+            program = kind.load(data, model)
         except Exception as error:  # noqa: BLE001 - a loader may raise anything for damaged bytes
             _log.warning("stored plan %s is damaged: %s", self._path.name, type(error).__name__)
             self.forget()
@@ -305,5 +305,5 @@ def plan_digest(
     outcome: Outcome = (),
 ) -> str:
     """Return the name of the file in which a plan is stored."""
-    text = repr((model_digest, kind.name, pass_spec, batch_key, outcome))
+    text = repr((model_digest, kind.name, kind.facts(), pass_spec, batch_key, outcome))
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -17,6 +17,7 @@ class Extractor(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     EXTRACTOR_HOOK: _ClassVar[Extractor]
     EXTRACTOR_LAYER_GETTER: _ClassVar[Extractor]
     EXTRACTOR_CHILDREN: _ClassVar[Extractor]
+    EXTRACTOR_EXPORT: _ClassVar[Extractor]
 
 class Capture(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -52,6 +53,7 @@ EXTRACTOR_FX: Extractor
 EXTRACTOR_HOOK: Extractor
 EXTRACTOR_LAYER_GETTER: Extractor
 EXTRACTOR_CHILDREN: Extractor
+EXTRACTOR_EXPORT: Extractor
 CAPTURE_UNSPECIFIED: Capture
 CAPTURE_OUTPUT: Capture
 CAPTURE_INPUT: Capture

@@ -26,6 +26,7 @@ from layertap.extraction.obstacles import (
 )
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.passes import KeptState, PassScope, ScopedExtractor
+from layertap.extraction.pause import Pause
 from layertap.extraction.points import CapturePoint, PointKind
 from layertap.extraction.script_taps import programs
 from layertap.extraction.symbolic import GraphNames
@@ -154,6 +155,11 @@ class ExtractorKind(ABC):
         """
         return self.id.letter
 
+    @property
+    def automatic(self) -> bool:
+        """Whether AUTO uses it; else a request must name it. ``Extractor`` defines this as well."""
+        return self.id.automatic
+
     def tolerance(self, reference: torch.Tensor) -> float:
         """Return how far a value may be from the model's own.
 
@@ -249,9 +255,23 @@ class CompiledKind(ExtractorKind, Generic[P]):
     """A kind that compiles a program for each pass spec and batch key.
 
     The program is saved before it is finished, as finishing it may lose what saving needs.
+
+    Attributes:
+        slow: Whether compiling takes so long, even in another process, that it must not keep
+            anyone else waiting. Then no program is compiled when a model is loaded, a compute
+            thread is free while ``assemble`` waits, and every plan is stored on disk.
+        records_alone: Whether recording changes the model or the process for other threads, so
+            that no pass may run meanwhile.
+        checks_sizes: Whether every program refuses batches of sizes for which it was not compiled.
+        records_one_item: Whether a program that is recorded from one item may hold where one of
+            several does not.
     """
 
     compiled = True
+    slow: ClassVar[bool] = False
+    records_alone: ClassVar[bool] = False
+    checks_sizes: ClassVar[bool] = False
+    records_one_item: ClassVar[bool] = True
 
     def tolerance(self, reference: torch.Tensor) -> float:
         """See ExtractorKind; compilers reorder arithmetic."""
@@ -313,6 +333,22 @@ class CompiledKind(ExtractorKind, Generic[P]):
             take: Decides what the program returns for each point, in the order of the points.
         """
 
+    def assemble(self, program: P) -> Generator[Pause | None, None, P]:
+        """Do what is left of compiling after recording, in steps; return the program.
+
+        The model's passes may run meanwhile, so that it must not use the model. A kind that waits
+        for another process yields a ``Pause``.
+
+        Raises:
+            ProgramEndedError: The program can't be compiled.
+        """
+        yield from ()
+        return program
+
+    def facts(self) -> str:
+        """Return what stored programs depend on besides the model, torch and the device's type."""
+        return ""
+
     @abstractmethod
     def run(self, program: P, x: Batch) -> Values:
         """Run an unfinished program; return what ``take`` gave for each point, as one flat list.
@@ -346,7 +382,7 @@ class CompiledKind(ExtractorKind, Generic[P]):
         """
 
     @abstractmethod
-    def load(self, data: bytes, device: torch.device) -> P:
+    def load(self, data: bytes, model: LoadedModel) -> P:
         """Return the program that ``save`` gave. Any exception means that the file is damaged.
 
         Loading may run code from the file, so a file that other users can write is never loaded.
@@ -361,9 +397,16 @@ class CompiledKind(ExtractorKind, Generic[P]):
         del program
         return False
 
+    def kept_proof_holds(self, program: P) -> bool:
+        """Return whether a kept proof says that a stored program does not end the process.
+
+        If not, it runs in a child process again. See Note [Proofs that are kept] in ``plan_cache``.
+        """
+        return not self.may_end_the_process(program)
+
     def run_apart(
         self, program: P, batches: Sequence[Batch], device: torch.device
-    ) -> Generator[None, None, list[Values]]:
+    ) -> Generator[Pause | None, None, list[Values]]:
         """Run a program in a child process and return its values for each batch; yield meanwhile.
 
         This is called only for programs for which ``may_end_the_process`` returns True, so a kind

@@ -195,10 +195,12 @@ class TorchScriptKind(CompiledKind[torch.jit.ScriptModule]):
             torch.jit.save(program, buffer)
         return buffer.getbuffer()
 
-    def load(self, data: bytes, device: torch.device) -> torch.jit.ScriptModule:
+    def load(self, data: bytes, model: LoadedModel) -> torch.jit.ScriptModule:
         """See CompiledKind."""
         with _deprecated():
-            program: torch.jit.ScriptModule = torch.jit.load(io.BytesIO(data), map_location=device)
+            program: torch.jit.ScriptModule = torch.jit.load(
+                io.BytesIO(data), map_location=model.device
+            )
         return program
 
     def may_end_the_process(self, program: torch.jit.ScriptModule) -> bool:
