@@ -33,6 +33,7 @@ import common
 import report
 from loads import CallerProcesses
 from peers.given import IMAGE, LAYERS, TENSOR
+from peers.layertap_peer import BATCHING
 from peers.subject import expected
 
 ENVIRONMENTS = common.HERE.parent / "build" / "peers"
@@ -126,10 +127,11 @@ class Servers:
     Args:
         threads: PyTorch's threads in each.
         folder: For addresses and logs.
+        batching: layertap's `--batching`.
     """
 
-    def __init__(self, threads: int, folder: Path) -> None:
-        self._threads, self._folder = threads, folder
+    def __init__(self, threads: int, folder: Path, batching: str = "auto") -> None:
+        self._threads, self._folder, self._batching = threads, folder, batching
         self._mark = uuid.uuid4().hex
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._addresses: dict[str, str] = {}
@@ -156,6 +158,7 @@ class Servers:
         return {
             **os.environ, MARK: self._mark, "PYTHONPATH": str(common.HERE),
             "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONWARNINGS": "ignore",
+            BATCHING: self._batching,
         }  # fmt: skip
 
     def cpu_seconds(self) -> dict[str, float]:
@@ -369,7 +372,7 @@ def run(
     with tempfile.TemporaryDirectory(prefix="peers-") as name, ExitStack() as closing:
         folder = Path(name)
         right = right_values(wanted, folder)
-        servers = Servers(options.threads, folder)
+        servers = Servers(options.threads, folder, options.batching)
         closing.callback(servers.close)
         callers: dict[str, CallerProcesses] = {}
         for peer in peers:
@@ -388,6 +391,7 @@ def run(
     return {
         "machine": common.machine("torch", "torchvision"),
         "threads": options.threads,
+        "batching": options.batching,
         "processes": len(common.cores()),
         "rounds": options.rounds,
         "seconds": options.seconds,
@@ -408,6 +412,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 128])
     parser.add_argument("--callers", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--peers", nargs="+", default=[peer.name for peer in PEERS])
+    parser.add_argument("--batching", choices=["auto", "on", "off"], default="auto")
     parser.add_argument("--results", type=Path, default=common.RESULTS)
     parser.add_argument("--quick", action="store_true", help="a dry run: figures mean nothing")
     options = parser.parse_args()

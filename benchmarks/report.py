@@ -159,7 +159,7 @@ the servers decode and preprocess as torchvision's transform does: layertap by
 [its own code](../docs/images.md), the others by that transform. Machine: {facts}.
 
 - **in process**: the program in the caller, without a server
-- **layertap**: `--batching auto`; its Python client, which uses
+- **layertap**: `--batching {batching}`; its Python client, which uses
   [shared memory](../docs/shared_memory.md) for large tensors on the server's machine;
   **layertap, TCP**: the same without shared memory
 - **bare gRPC**: the least that a server in Python can be; it takes and returns bytes, and parses,
@@ -560,6 +560,7 @@ def _peers(results: dict[str, Any], folder: Path) -> str:
         _write_short_peers(results)
     return PEERS.format(
         threads=results["threads"],
+        batching=results["batching"],
         rounds=results["rounds"],
         seconds=results["seconds"],
         processes=results["processes"],

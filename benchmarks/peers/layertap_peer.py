@@ -1,7 +1,8 @@
-"""layertap from the command line, with the weights in a file and `--batching auto`."""
+"""layertap from the command line, with the weights in a file and with `--batching auto`."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -11,6 +12,9 @@ from pathlib import Path
 from typing import Literal
 
 from peers.given import IMAGE, ITEM, LAYERS, Announce, Ask
+
+BATCHING = "LAYERTAP_BENCH_BATCHING"
+"""The environment variable with the value of `--batching`."""
 
 
 def serve(threads: int, announce: Announce) -> None:
@@ -22,7 +26,8 @@ def serve(threads: int, announce: Announce) -> None:
         save_weights(weights)
         command = [sys.executable, "-m", "layertap", "serve", "resnet18", "--weights", str(weights)]
         command += ["--layers", ",".join(LAYERS), "--threads", str(threads), "--port", "0"]
-        command += ["--batching", "auto", "--metrics-port", "-1", "--plan-cache", "off"]
+        batching = os.environ.get(BATCHING, "auto")
+        command += ["--batching", batching, "--metrics-port", "-1", "--plan-cache", "off"]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
             try:
                 assert process.stderr is not None
