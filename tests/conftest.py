@@ -31,10 +31,11 @@ TF32_AT_FIRST = tf32_allowed()
 LoadNet = Callable[[str], LoadedModel]
 
 LONGEST = (
-    *("zoo/test_zoo.py", "soak/test_soak.py", "test_readme.py", "coverage/test_prove.py"),
+    *("extraction/test_export.py", "zoo/test_zoo.py", "test_ray_serve.py", "soak/test_soak.py"),
+    *("test_readme.py", "coverage/test_prove.py", "chaos/test_chaos.py"),
     *("engine/test_optional_inputs.py", "services/test_audio.py", "models/test_hf_source.py"),
     *("services/test_mission.py", "dataset/test_resume.py", "engine/test_stateful_models.py"),
-    *("engine/test_promotion.py", "extraction/test_claims.py", "chaos/test_chaos.py"),
+    *("engine/test_promotion.py", "extraction/test_claims.py"),
     *("extraction/test_hazards.py", "app/test_reload.py", "extraction/test_padding.py"),
     *("engine/test_versions.py", "extraction/test_gradients_of_models.py", "engine/test_work.py"),
     *("extraction/test_several_inputs.py", "engine/test_lengths.py", "engine/test_engine.py"),
@@ -44,7 +45,6 @@ LONGEST = (
     *("test_security_docs.py", "models/test_hf_inputs.py", "app/test_logs.py"),
     *("engine/test_memory.py", "app/test_no_more_threads.py", "local/test_imports.py"),
     *("test_recipes.py", "test_ray_data.py", "test_bench_peers.py", "engine/test_sharing.py"),
-    "test_ray_serve.py",
 )
 """Files that take longest. One of them begun last would keep one process busy alone."""
 

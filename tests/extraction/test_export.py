@@ -43,7 +43,8 @@ pytestmark = [
     pytest.mark.skipif(
         not shutil.which("g++"), reason="a package is compiled with g++, which is not here"
     ),
-    # The compiler has a low priority, so beside other work it takes minutes.
+    # Compiling takes a minute alone, and more beside other work, as it has a low priority.
+    pytest.mark.long,
     pytest.mark.timeout(900),
 ]
 
