@@ -208,7 +208,7 @@ def test_captured_tensors_do_not_outlive_the_request(engine) -> None:
 def test_inputs_by_an_extractor_that_takes_outputs_are_refused(engine) -> None:
     """FX does not serve inputs; the error says which extractors do."""
     load(engine, "residual")
-    with pytest.raises(errors.ExtractorUnsupportedError, match="TORCHSCRIPT, HOOK"):
+    with pytest.raises(errors.ExtractorUnsupportedError, match="TORCHSCRIPT, EXPORT, HOOK"):
         ask(engine, "residual", "layer1:input", extractor=Extractor.FX)
 
 

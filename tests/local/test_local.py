@@ -39,6 +39,7 @@ from layertap.engine import Engine
 from layertap.local import model as local_model
 from layertap.models import ModelSpec
 from oracle import inputs_of, outputs_of
+from quick import QUICK
 from serving import running_server
 from tinynets import ITEM
 
@@ -78,7 +79,7 @@ def batch(size: int = 2, seed: int = 0) -> torch.Tensor:
     return torch.rand(size, *ITEM, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("extractor", EXTRACTORS)
+@pytest.mark.parametrize("extractor", QUICK)
 def test_each_extractor_gives_what_a_hook_sees(model: LocalModel, extractor: Extractor) -> None:
     """Bit for bit those of a fresh module; a compiled program within its tolerance."""
     x = batch()

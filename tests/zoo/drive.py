@@ -23,12 +23,14 @@ from layertap.errors import ExtractorUnsupportedError, InvalidInputError, Layert
 from layertap.extraction import PointKind
 from layertap.models import ModelSpec
 from layertap.selection import Capture, LayerSelection
+from quick import QUICK
 from zoo.specimen import Specimen
 from zoo.truth import Point, Truth, mistake, truth_of
 
 __all__ = ["FULL", "SHORT", "Cell", "Grid", "Report", "Way", "drive"]
 
 CALLERS = 8
+ASKED = (Extractor.AUTO, *QUICK)
 IN_A_ROW = 3
 TOLERANT = (Extractor.TORCHSCRIPT, Extractor.AUTO)
 
@@ -51,7 +53,7 @@ class Way:
     instances: int = 1
     shared: bool = False
     declared: int = 0
-    callers: tuple[Extractor, ...] = tuple(Extractor)
+    callers: tuple[Extractor, ...] = ASKED
     one_thread: bool = False
 
 
@@ -74,7 +76,7 @@ class Grid:
     singles: tuple[Extractor, ...]
     spread: bool = False
     promotes: bool = False
-    extractors: tuple[Extractor, ...] = tuple(Extractor)
+    extractors: tuple[Extractor, ...] = ASKED
     most: int = 400
     compiled: int = 400
 
@@ -95,7 +97,7 @@ FULL = Grid(
         Way("shared passes", shared=True, declared=6),
         Way("shared passes, throughput", instances=4, shared=True),
     ),
-    singles=tuple(Extractor),
+    singles=ASKED,
     promotes=True,
 )
 
