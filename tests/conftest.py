@@ -31,7 +31,12 @@ TF32_AT_FIRST = tf32_allowed()
 LoadNet = Callable[[str], LoadedModel]
 
 LONGEST = (
-    *("extraction/test_export.py", "zoo/test_zoo.py", "test_ray_serve.py", "soak/test_soak.py"),
+    *(
+        "extraction/test_export.py",
+        "zoo/test_zoo.py",
+        "engine/test_sharing.py",
+        "soak/test_soak.py",
+    ),
     *("test_readme.py", "coverage/test_prove.py", "chaos/test_chaos.py"),
     *("engine/test_optional_inputs.py", "services/test_audio.py", "models/test_hf_source.py"),
     *("services/test_mission.py", "dataset/test_resume.py", "engine/test_stateful_models.py"),
@@ -44,7 +49,7 @@ LONGEST = (
     *("test_mutants.py", "app/test_full_disk.py", "services/test_extract_stream.py"),
     *("test_security_docs.py", "models/test_hf_inputs.py", "app/test_logs.py"),
     *("engine/test_memory.py", "app/test_no_more_threads.py", "local/test_imports.py"),
-    *("test_recipes.py", "test_ray_data.py", "test_bench_peers.py", "engine/test_sharing.py"),
+    *("test_recipes.py", "test_ray_data.py", "test_bench_peers.py"),
 )
 """Files that take longest. One of them begun last would keep one process busy alone."""
 

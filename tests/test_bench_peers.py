@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "LAYERTAP_TEST_PEERS"
-pytestmark = pytest.mark.timeout(900)  # Servers are started.
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]  # Servers are started.
 
 SHOWN = ["layertap", "layertap, TCP", "bare gRPC"]
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from kept import kept
 from layertap import Client
 from layertap.cli.main import main
 from layertap.engine import Engine
@@ -24,7 +23,7 @@ from tinynets import ITEM
 def engines() -> Iterator[list[Engine]]:
     """Two engines with the same model, and one with other weights."""
     with ExitStack() as stack:
-        engines = [Engine(threads=1, plan_cache=kept()) for _ in range(3)]
+        engines = [Engine(threads=1) for _ in range(3)]
         for engine in engines:
             stack.callback(engine.close)
             engine.load(ModelSpec("tinynets:residual", item_shape=ITEM))

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kept import kept
 from layertap import Extractor, LayerSelection, errors
 from layertap.engine import Call, Engine, ExtractionRequest, Inputs
 from layertap.models import ModelSpec
@@ -38,7 +37,7 @@ def infer(engine: Engine) -> None:
 
 def test_memory_levels_off_while_models_come_and_go(capsys) -> None:
     """Load, infer, unload, often: from some time on not a fifth of the loaded weights stays."""
-    engine = Engine(plan_cache=kept())
+    engine = Engine()
     resident = []
     for _ in range(ROUNDS):
         engine.load(ModelSpec("tinynets:heavy", item_shape=ITEM), [LAYER])
@@ -55,7 +54,7 @@ def test_memory_levels_off_while_models_come_and_go(capsys) -> None:
 
 def test_an_unloaded_model_is_unknown() -> None:
     """An unloaded model is not served, and its name is free again."""
-    engine = Engine(plan_cache=kept())
+    engine = Engine()
     spec = ModelSpec("tinynets:heavy", item_shape=ITEM)
     host = engine.load(spec)
     engine.unload("heavy")

@@ -25,6 +25,8 @@ from oracle import outputs_of
 from sharenets import ITEM
 from together import Together
 
+pytestmark = pytest.mark.long
+
 AUTO = BatchPolicy(sharing="auto")
 PATIENCE = 40
 

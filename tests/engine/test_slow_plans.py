@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import Any
@@ -40,12 +40,26 @@ class Building:
         self.built.append((key, example))
 
 
+class Waiting(Call):
+    """A call that tells when it waits for a building."""
+
+    def __init__(self, timeout: float) -> None:
+        super().__init__(timeout)
+        self.begun = threading.Event()
+
+    def cancelling(self, action: Callable[[], object]) -> Any:
+        self.begun.set()
+        return super().cancelling(action)
+
+
 def test_requests_for_one_plan_wait_for_one_building() -> None:
     """Four callers, one building, with the example of the first."""
     building = Building()
+    calls = [Waiting(PATIENCE) for _ in range(4)]
     with closing(SlowPlans(building.steps)) as plans, ThreadPoolExecutor(4) as pool:
-        waits = [pool.submit(plans.wait_for, "a", 1, Call(PATIENCE)) for _ in range(4)]
+        waits = [pool.submit(plans.wait_for, "a", 1, call) for call in calls]
         assert building.begun.wait(PATIENCE)
+        assert all(call.begun.wait(PATIENCE) for call in calls)
         assert not any(wait.done() for wait in waits)
         building.may_end.set()
         assert [wait.result(PATIENCE) for wait in waits] == [None] * 4

@@ -1,6 +1,7 @@
 """Ray Serve: calls through its gRPC proxy end as those to the replica's own gRPC port do.
 
-What happens when replicas die, change or grow in number takes longer: see check_ray_serve.py.
+Run it by ``make test-ray``. What happens when replicas die, change or grow in number: see
+check_ray_serve.py.
 """
 
 from __future__ import annotations
