@@ -9,6 +9,7 @@ import torch
 
 import sizenets
 from asking import ask
+from kept import kept
 from layertap import Extractor, LayerSelection, errors
 from layertap.engine import Engine, Limits, ModelHost
 from layertap.extraction.verify import COMPILED_TOLERANCE, difference
@@ -19,7 +20,7 @@ from oracle import outputs_of
 @pytest.fixture
 def engine() -> Iterator[Engine]:
     """An engine without models that keeps few plans."""
-    engine = Engine(Limits(plans=4))
+    engine = Engine(Limits(plans=4), plan_cache=kept())
     yield engine
     engine.close()
 

@@ -493,7 +493,9 @@ class PlanBuilder:
     ) -> None:
         """Let a proven program be tried at other sizes."""
         self._portable[built] = _Purpose.of(kind, proof)
-        if kind.may_end_the_process(program):
+        # Other kinds offer only what can't end the process; and as such a program is finished by
+        # now, which may have changed it, it can no longer be asked.
+        if kind.checks_sizes and kind.may_end_the_process(program):
             self._tried_first[built] = program
 
     def _tried_apart(
