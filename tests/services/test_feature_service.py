@@ -204,7 +204,8 @@ BAD = {
             layers=selections("layer1", capture=catalogue_pb2.CAPTURE_INPUT),
             extractor=catalogue_pb2.EXTRACTOR_FX,
         ),
-        Code.FAILED_PRECONDITION, "it takes outputs only; extractors that can: TORCHSCRIPT, EXPORT, HOOK",
+        Code.FAILED_PRECONDITION,
+        "it takes outputs only; extractors that can: TORCHSCRIPT, EXPORT, HOOK",
     ),
     "an unknown extractor": (
         request(extractor=99), Code.INVALID_ARGUMENT, "extractor: got enum value 99",
