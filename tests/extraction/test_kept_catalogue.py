@@ -343,7 +343,7 @@ def test_two_servers_may_write_at_once(tmp_path) -> None:
         one, other = pool.map(start, range(2))
     assert one == other
     assert start(2) == one
-    # In one process, two nets may draw their weights from one seed in turn, and then are two models.
+    # In one process, two nets may draw their weights from one seed in turn: two models.
     files = list(tmp_path.glob("*.catalogue"))
     assert files
     for file in files:
