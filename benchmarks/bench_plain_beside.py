@@ -75,7 +75,7 @@ def latencies(callers: dict[str, Caller], rounds: int) -> dict[str, Any]:
     times: dict[str, dict[str, list[float]]] = {name: {BEFORE: [], NOW: []} for name in PLAIN}
     ratios: dict[str, list[float]] = {name: [] for name in PLAIN}
     for round_ in range(-WARMING, rounds):
-        # Whoever is second finds the machine's caches and clock as the first has left them.
+        # The second side finds warm caches and perhaps a slower clock, so the order alternates.
         sides = (BEFORE, NOW) if round_ % 2 else (NOW, BEFORE)
         for name, request in PLAIN.items():
             taken = {side: callers[side].times(request, CALLS)[WAKING:] for side in sides}

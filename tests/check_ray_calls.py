@@ -1,13 +1,12 @@
 """Ray Serve: calls through its gRPC proxy end as those to the replica's own gRPC port do.
 
-Run it by ``make test-ray``. What happens when replicas die, change or grow in number: see
+Run it with ``make test-ray``. What happens when replicas die, change or grow in number: see
 check_ray_serve.py.
 """
 
 from __future__ import annotations
 
 import threading
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +32,8 @@ from layertap.services.stream_threads import StreamThreads
 from layertap.v1 import feature_service_pb2 as pb
 from ports import free_port
 from rays import local_cluster, serving
+from relay import Counting
+from streams import eventually
 from tinynets import ITEM
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(600)]
@@ -196,10 +197,20 @@ def test_unknown_compression_and_method(ways: Ways) -> None:
 
 def test_compressed_replies(ways: Ways) -> None:
     """Replies are compressed on request, in streams too, and have the same values."""
-    with Client(ways.proxy, metadata={"application": "open"}, reply_compression="gzip") as client:
-        want = client.extract(NET, batch(), "layer1", extractor="hook")["layer1"].copy()
-        for each in client.extract_many(NET, [batch()] * 3, "layer1", extractor="hook"):
+    # All items are equal, and so are many of their values.
+    x = np.zeros((64, *ITEM), np.float32)
+    relay = Counting(ways.proxy)
+    given = {"metadata": {"application": "open"}, "shared_memory": False}
+    with Client(relay.address, reply_compression="gzip", **given) as client:
+        want = client.extract(NET, x, "layer1", extractor="hook")["layer1"].copy()
+        assert relay.received < want.nbytes / 4
+        for each in client.extract_many(NET, [x] * 3, "layer1", extractor="hook"):
             np.testing.assert_array_equal(each["layer1"], want)
+        assert relay.received < want.nbytes
+    relay.close()
+    with Client(ways.proxy, **given) as client:
+        plain = client.extract(NET, x, "layer1", extractor="hook")["layer1"]
+        np.testing.assert_array_equal(plain, want)
 
 
 def test_errors_in_streams(client: Client) -> None:
@@ -217,7 +228,7 @@ def test_a_stream_too_many(ways: Ways, client: Client) -> None:
     ]
     for each in long:
         each.start()
-    time.sleep(1)
+    eventually(lambda: waiting(ways) == 2)
     with pytest.raises(errors.OverloadedError, match="2 streams are open, the most") as refused:
         list(client.extract_many(NET, [batch()], "fc"))
     assert refused.value.retry_after is not None
@@ -244,27 +255,26 @@ def test_tokens_and_applications(ways: Ways) -> None:
             client.wait_ready(0.5)
 
 
-def dropped(ways: Ways) -> float:
-    """Return how many requests nobody waited for any more, from the page of metrics."""
+def counted(ways: Ways, name: str, *labels: str) -> float:
+    """Return the sum of a metric's values with one of the labels, or of all without labels."""
     with urllib.request.urlopen(ways.metrics) as page:  # noqa: S310 - our own
         text = page.read().decode()
-    lines = [
-        line
-        for line in text.splitlines()
-        if line.startswith("layertap_inference_request_failure_total")
-    ]
     return sum(
         float(line.rpartition(" ")[2])
-        for line in lines
-        if '"CANCELLED"' in line or '"DEADLINE_EXCEEDED"' in line
+        for line in text.splitlines()
+        if line.startswith(name) and (not labels or any(label in line for label in labels))
     )
 
 
-def waits_until(condition: Any) -> None:
-    ends = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < ends
-        time.sleep(0.05)
+def dropped(ways: Ways) -> float:
+    """Return how many requests nobody waited for any more."""
+    name = "layertap_inference_request_failure_total"
+    return counted(ways, name, '"CANCELLED"', '"DEADLINE_EXCEEDED"')
+
+
+def waiting(ways: Ways) -> float:
+    """Return how many requests wait for a pass, or are in one."""
+    return counted(ways, "layertap_inference_pending_request_count")
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -275,7 +285,7 @@ def test_nobody_waits_any_more(ways: Ways, client: Client, how: str, streamed: b
     with Client(ways.proxy, metadata={"application": "open"}) as other:
         long = threading.Thread(target=other.extract, args=("sleepy", sleeping(3), "conv"))
         long.start()
-        time.sleep(0.5)
+        eventually(lambda: waiting(ways) == 1)
         if how == "its deadline passes":
             with pytest.raises(errors.DeadlineExceededError):
                 ask(client, streamed, timeout=0.5)
@@ -283,10 +293,10 @@ def test_nobody_waits_any_more(ways: Ways, client: Client, how: str, streamed: b
             with Client(ways.proxy, metadata={"application": "open"}) as leaving:
                 asking = threading.Thread(target=leave, args=(leaving, streamed))
                 asking.start()
-                time.sleep(0.5)
+                eventually(lambda: waiting(ways) == 2)
             asking.join()
         long.join()
-    waits_until(lambda: dropped(ways) == before + 1)
+    eventually(lambda: dropped(ways) == before + 1)
 
 
 def test_the_proxy_hands_on_the_deadline(ways: Ways) -> None:

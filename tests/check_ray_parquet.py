@@ -1,6 +1,6 @@
 """Ray Data's rows in Parquet files: each row once, whatever was there before.
 
-Run it by ``make test-ray``: minutes, as each run of actors loads PyTorch anew.
+Run it with ``make test-ray``. It takes minutes, because each run starts actors that import PyTorch.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ def test_a_caller_that_leaves_ends_its_waiting_only() -> None:
 
 
 def test_the_error_of_a_building_is_that_of_its_requests() -> None:
-    """The same class and words; the next request begins anew."""
+    """They get its class and text, and the next request starts a new building."""
     building = Building(ExtractorUnsupportedError("it branches"))
     building.may_end.set()
     with closing(SlowPlans(building.steps)) as plans:

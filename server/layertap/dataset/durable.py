@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -11,7 +12,15 @@ from pathlib import Path
 
 from layertap.errors import InvalidInputError
 
-__all__ = ["TEMPORARY", "output_errors", "remove", "replacing", "sha256_of", "sync_folder"]
+__all__ = [
+    "TEMPORARY",
+    "lock",
+    "output_errors",
+    "remove",
+    "replacing",
+    "sha256_of",
+    "sync_folder",
+]
 
 TEMPORARY = ".tmp"
 """The suffix of files and folders that are being written. What a crash leaves has it too."""
@@ -49,6 +58,14 @@ def output_errors(path: Path | str) -> Iterator[None]:
         yield
     except OSError as error:
         raise InvalidInputError(f"output {path}: {error.strerror or error}") from error
+
+
+def lock(descriptor: int, output: Path | str) -> None:
+    """Lock an open file until it is closed; raise InvalidInputError if another process has it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise InvalidInputError(f"output {output}: another process is writing it") from error
 
 
 def remove(path: Path) -> None:

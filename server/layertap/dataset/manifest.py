@@ -7,7 +7,6 @@ written to ``OUTPUT.manifest.json``, and the folder is removed.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +18,7 @@ from typing import Any
 from layertap.dataset.changed import Changed, changed_from
 from layertap.dataset.durable import (
     TEMPORARY,
+    lock,
     output_errors,
     remove,
     replacing,
@@ -166,21 +166,16 @@ class Workplace:
         """
         with output_errors(self.output):
             self.folder.mkdir(exist_ok=True)
-            lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            opened = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise InvalidInputError(
-                    f"output {self.output}: another process is writing it"
-                ) from error
+            lock(opened, self.output)
             yield
         finally:
             try:
                 if not self._started.exists():
                     remove(self.folder)
             finally:
-                os.close(lock)
+                os.close(opened)
 
     def clear(self) -> None:
         """Remove what belongs to another run, except the output itself and the lock."""

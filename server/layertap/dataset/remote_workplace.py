@@ -13,7 +13,6 @@ Note [Without rename and without append]
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from layertap.dataset.addresses import address_errors, file_system
-from layertap.dataset.durable import sha256_of
+from layertap.dataset.durable import lock, sha256_of
 from layertap.dataset.manifest import Facts, Failure, Plan, ShardRecord
 from layertap.errors import InvalidInputError, UnavailableError
 
@@ -82,19 +81,14 @@ class RemoteWorkplace:
         """
         name = hashlib.sha256(self.output.encode()).hexdigest()[:32]
         path = Path(tempfile.gettempdir()) / f"layertap-{os.getuid()}-{name}.lock"
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise InvalidInputError(
-                    f"output {self.output}: another process is writing it"
-                ) from error
+            lock(opened, self.output)
             self._fs.invalidate_cache()
             yield
             path.unlink(missing_ok=True)
         finally:
-            os.close(lock)
+            os.close(opened)
 
     def exists(self) -> bool:
         """Return whether there is an output, complete or not."""

@@ -40,6 +40,7 @@ from layertap.extraction.base import Values
 from layertap.extraction.own_words import compiler_words
 from layertap.extraction.package import InputShape, LoadedPackage
 from layertap.extraction.pause import Pause
+from layertap.extraction.plan_folder import user_cache
 from layertap.models import Batch
 
 __all__ = ["SideProcessError", "compile_package", "compiler", "main", "run_package"]
@@ -242,12 +243,11 @@ def _headers() -> Path | None:
 
     They are used by the compiler only, and recognised by a digest of their content and options.
     """
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    folder = (Path(base) if base else Path.home() / ".cache") / "layertap" / "headers"
     try:
+        folder = user_cache() / "headers"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         state = folder.stat()
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home.
         return None
     safe = state.st_uid == os.getuid() and not state.st_mode & 0o022
     return folder if safe and os.access(folder, os.W_OK) else None

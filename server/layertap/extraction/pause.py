@@ -14,8 +14,8 @@ __all__ = ["Pause", "run_to_end", "wait", "waiting"]
 class Pause:
     """Says that the next step need not come before so many seconds.
 
-    Whoever runs the steps on a compute thread waits elsewhere, so that the thread is free for
-    requests meanwhile.
+    A caller that runs the steps on a compute thread waits on another thread, so that the compute
+    thread can serve requests in the meantime.
     """
 
     seconds: float

@@ -1,4 +1,4 @@
-"""The folder in which catalogues and compiled plans are kept for the next start."""
+"""The user's cache folder, where catalogues and compiled plans are kept for the next start."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from layertap.errors import ConfigError
 from layertap.extraction.plan_cache import PlanCache
 
-__all__ = ["open_plan_cache"]
+__all__ = ["open_plan_cache", "user_cache"]
 
 _log = logging.getLogger(__name__)
 
@@ -35,13 +35,17 @@ def open_plan_cache(place: str, max_bytes: int, *, catalogues: bool = True) -> P
     if place != "auto":
         return PlanCache(Path(place).expanduser(), max_bytes, catalogues=catalogues)
     try:
-        return PlanCache(_user_cache(), max_bytes, catalogues=catalogues)
+        return PlanCache(user_cache() / "plans", max_bytes, catalogues=catalogues)
     except (ConfigError, RuntimeError) as error:  # RuntimeError: the user has no home.
         _log.warning("compiled plans are not stored: %s", error)
         return None
 
 
-def _user_cache() -> Path:
-    """Return the user's cache folder, by the XDG base directory specification."""
+def user_cache() -> Path:
+    """Return layertap's part of the user's cache folder, by the XDG base directory specification.
+
+    Raises:
+        RuntimeError: If the user has no home.
+    """
     base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if base else Path.home() / ".cache") / "layertap" / "plans"
+    return (Path(base) if base else Path.home() / ".cache") / "layertap"

@@ -15,7 +15,6 @@ Note [Each row once]
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -31,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from layertap.dataset.addresses import is_address
-from layertap.dataset.durable import output_errors, remove, replacing, sync_folder
+from layertap.dataset.durable import lock, output_errors, remove, replacing, sync_folder
 from layertap.dataset.manifest import differences
 from layertap.errors import InvalidInputError
 from layertap.ray.data import Columns, LayerActor, arguments_of
@@ -204,17 +203,12 @@ class _Output:
         """
         with output_errors(self._folder):
             self._work.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self._work / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            opened = os.open(self._work / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise InvalidInputError(
-                    f"output {self._folder}: another process is writing it"
-                ) from error
+            lock(opened, self._folder)
             yield
         finally:
-            os.close(lock)
+            os.close(opened)
 
     def check(self, facts: Mapping[str, Any]) -> None:
         """Raise InvalidInputError if the output was made in another way."""

@@ -178,7 +178,7 @@ def _equal(code: grpc.StatusCode, method: str, text: str) -> LayertapError | Non
     if code is grpc.StatusCode.UNAVAILABLE:
         return UnavailableError(text)
     if code is grpc.StatusCode.NOT_FOUND and method.startswith(f"/{HEALTH}/"):
-        # Not yet; whoever waits for a server to be ready should go on.
+        # The application may still be starting, so a client that waits for it should keep waiting.
         return UnavailableError(text)
     return None
 
