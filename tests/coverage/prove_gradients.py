@@ -305,12 +305,13 @@ class _Proof:
             if gradient is not None and place.side != "given" and gradient.any()
         ]
         generator = torch.Generator().manual_seed(1)
+        net = self._build()
         for place, gradient in known[:: max(1, len(known) // SAMPLES)][:SAMPLES]:
             other = torch.randn(gradient.shape, generator=generator, dtype=torch.float64)
             other = other.to(gradient.device)
             direction = gradient / gradient.norm() + other / other.norm() / 2
             found = [
-                self._differs(place, gradient, score, size, direction=direction, by=by)
+                self._differs(net, place, gradient, score, size, direction=direction, by=by)
                 for by in STEPS
             ]
             if min(error for error, _, _ in found) <= DIFFERENCE:
@@ -322,6 +323,7 @@ class _Proof:
 
     def _differs(
         self,
+        net: torch.nn.Module,
         place: Place,
         gradient: torch.Tensor,
         score: Any,
@@ -332,7 +334,7 @@ class _Proof:
     ) -> tuple[float, float, str]:
         """Return how far a central difference is from the reference, its rounding, and both."""
         measured, used, rounding = derivative(
-            self._build(),
+            net,
             lambda net: self._there.run(net, size, self._dtype),
             place,
             score,

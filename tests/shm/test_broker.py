@@ -285,6 +285,29 @@ def test_closed_broker_ends_all_sessions(broker: Broker, client: Client) -> None
         Client(broker)
 
 
+def test_broker_can_be_closed_while_its_thread_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread may see that it is over before it is woken up."""
+    broker = Broker(SharedMemory(16 * MIB, 0.1))
+    broker.start()
+    thread = broker._thread
+    real = broker._waker
+
+    class Late:
+        """The waker of a caller that comes to it only after the thread has ended."""
+
+        fileno, close = real.fileno, real.close
+
+        def send(self, data: bytes) -> None:
+            thread.join(10)
+            assert not thread.is_alive()
+            real.send(data)
+
+    monkeypatch.setattr(broker, "_waker", Late())
+    broker.close()
+    broker.close()
+    assert real.fileno() == -1
+
+
 def test_broker_that_never_started_can_be_closed() -> None:
     """A server that failed before it served leaves no socket behind."""
     broker = Broker(SharedMemory(MIB))

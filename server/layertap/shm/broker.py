@@ -100,14 +100,17 @@ class Broker:
 
     def close(self) -> None:
         """End all sessions; clients may continue to read regions that were lent to them."""
-        if self._closed:
-            return
         self._closed = True
-        if self._thread.is_alive():
+        if self._waker.fileno() < 0:  # It was closed before.
+            return
+        if self._thread.ident is None:  # It never started.
+            self._end_all()
+        else:
+            # The thread may have seen by itself that it is over, so it must not close this socket.
             self._waker.send(b"\0")
             self._thread.join()
-        else:
-            self._end_all()
+        for each in (self._waker, self._woken):
+            each.close()
 
     def _run(self) -> None:
         tick = min(1.0, self.memory.lease_seconds / 4)
@@ -128,8 +131,7 @@ class Broker:
         for connection in list(self._connections):
             self._end(connection, End.RETIRE)
         self._selector.close()
-        for each in (self._listener, self._waker, self._woken):
-            each.close()
+        self._listener.close()
 
     def _tick(self) -> None:
         self.memory.tick()
