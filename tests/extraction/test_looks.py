@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import cProfile
+import pstats
 from collections.abc import Callable
 
 import pytest
@@ -83,3 +85,18 @@ def test_what_is_unwatched_is_no_look() -> None:
         assert looks.count == 0
         bool((x > 0).all())
         assert looks.count == 1
+
+
+def test_a_profiler_goes_on_afterwards() -> None:
+    """Users profile models; the profiler sees what comes after a watched pass."""
+    net, x = nn.Linear(2, 2), torch.ones(1, 2)
+    profile = cProfile.Profile()
+    profile.enable()
+    try:
+        with watch_looks(net, x):
+            net(x)
+        len(f"{net}")
+    finally:
+        profile.disable()
+    called = {function for _, _, function in pstats.Stats(profile).stats}
+    assert "extra_repr" in called

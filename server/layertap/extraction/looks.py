@@ -304,4 +304,8 @@ def _watch_functions(looks: Looks) -> Iterator[None]:
     try:
         yield
     finally:
-        sys.setprofile(before)
+        # Until Python 3.12 a cProfile.Profile is no function, and only starts again by itself.
+        again = getattr(before, "enable", None)
+        sys.setprofile(None if again else before)
+        if again:
+            again()
