@@ -157,6 +157,81 @@ def test_a_watch_sees_what_is_taken_back_between_two_lines() -> None:
     assert list(watch.changes) == ["held.items"]
 
 
+def written(net: nn.Module, scale: torch.Tensor) -> None:
+    net.held.items += [scale]
+    scale = scale + 1
+    del net.held.items[-1]
+
+
+def called_by_another_name(net: nn.Module, scale: torch.Tensor) -> None:
+    push, take = net.held.items.append, net.held.items.pop
+    push(scale)
+    scale = scale + 1
+    take()
+
+
+def called_with_unpacked_arguments(net: nn.Module, scale: torch.Tensor) -> None:
+    given = [scale]
+    net.held.items.append(*given)
+    scale = scale + 1
+    net.held.items.pop(*[])
+
+
+def changed_in_place(net: nn.Module, scale: torch.Tensor) -> None:
+    net.other = None
+    items = net.held.items
+    items += [scale]
+    scale = scale + 1
+    items[:] = items[:-1]
+
+
+def raised_in_between(net: nn.Module, scale: torch.Tensor) -> None:
+    try:
+        net.held.items.append(scale); raise ValueError  # noqa: E702 - one line writes and raises
+    except ValueError:
+        net.held.items.pop()
+
+
+def written_by_the_last_line(net: nn.Module, scale: torch.Tensor) -> None:
+    def inner() -> None:
+        net.held.items.append(scale)
+
+    inner()
+    net.held.items.pop()
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [written, called_by_another_name, called_with_unpacked_arguments, changed_in_place,
+     raised_in_between, written_by_the_last_line],
+)  # fmt: skip
+def test_a_watch_looks_after_every_way_to_write(forward) -> None:
+    """Whatever statement writes, the state is compared before the next one takes it back."""
+    net = holder()
+    watch = Watch(Snapshot(net))
+    with each_line(watch.look_at):
+        forward(net, torch.ones(1))
+    assert "held.items" in watch.changes
+
+
+def test_a_watch_does_not_look_after_lines_that_only_compute() -> None:
+    """Comparing takes far longer than such a line."""
+    net, looks = holder(), []
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        x = x.relu()
+        x = torch.cat(
+            [x, x],
+            dim=0,
+        )
+        net.other = None
+        return x * 2
+
+    with each_line(looks.append):
+        forward(torch.ones(1))
+    assert looks == [None]
+
+
 def test_a_watch_of_a_large_model_sees_what_its_modules_write_themselves(monkeypatch) -> None:
     """This works although there is no time to compare all of it at each line."""
     monkeypatch.setattr("layertap.extraction.state.SMALL_NODES", 0)

@@ -333,7 +333,7 @@ def facts_of(model: LoadedModel, weights: str) -> dict[str, str]:
         "device": _device(model.device),
         "processor": processor(),
         "threads": str(torch.get_num_threads()),
-        "numerics": repr(_numerics()),
+        "numerics": repr(_numerics(model.device)),
         "environment": _digest(repr(sorted(_environment()))),
     }
 
@@ -364,16 +364,21 @@ def _device(device: torch.device) -> str:
     return repr((device, torch.cuda.get_device_name(device), torch.backends.cudnn.version()))
 
 
-def _numerics() -> tuple[Any, ...]:
-    return (
+def _numerics(device: torch.device) -> tuple[Any, ...]:
+    found: tuple[Any, ...] = (
         torch.get_default_dtype(),
         torch.are_deterministic_algorithms_enabled(),
         torch.backends.mkldnn.enabled,
+        torch.get_float32_matmul_precision(),
+        torch.is_autocast_enabled("cpu"),
+    )
+    if device.type != "cuda":
+        return found
+    return (
+        *found,
         torch.backends.cudnn.allow_tf32,
         torch.backends.cudnn.benchmark,
         torch.backends.cuda.matmul.allow_tf32,
-        torch.get_float32_matmul_precision(),
-        torch.is_autocast_enabled("cpu"),
     )
 
 

@@ -4,7 +4,8 @@ Note [Between two modules]
     Hooks run only when modules are called. State that is written and removed again between two
     calls (``self.scale = x.max()`` … ``self.scale = None``) exists at none of these moments, but a
     pass in another thread may still read it. So those of the model's own functions that have
-    statements which can write state are followed line by line.
+    statements which can write state are followed line by line, and the state is compared after
+    each line that holds such a statement.
 """
 
 from __future__ import annotations
@@ -41,6 +42,19 @@ _WRITERS = {
 }  # fmt: skip
 """Names of functions and attributes that change an object."""
 
+_NAMING = frozenset(dis.hasname)
+
+_UNKNOWN = {
+    "PUSH_NULL", "CALL_FUNCTION_EX", "FOR_ITER", "BEFORE_WITH", "BEFORE_ASYNC_WITH", "LOAD_SPECIAL",
+}  # fmt: skip
+"""Instructions that may call something of which no name is known, such as a function in a variable.
+
+Functions and methods that are called by their names need no PUSH_NULL.
+"""
+
+_IN_PLACE = 13
+"""The first argument of BINARY_OP that means an operator such as ``+=`` (opcode.py, _nb_ops)."""
+
 _TORCH = f"{Path(torch.__file__).parent}/"
 _OURS = f"{Path(__file__).parent.parent}/"
 _LIBRARY = f"{sysconfig.get_path('stdlib')}/"
@@ -50,7 +64,7 @@ _PACKAGES = (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
 
 @contextmanager
 def each_line(look: Callable[[object], None]) -> Iterator[None]:
-    """Call ``look`` inside the block, at the lines of this thread's code that may write state.
+    """Call ``look`` inside the block, after each line of this thread's code that may write state.
 
     Code of torch, of the standard library and of this package is ignored.
 
@@ -59,18 +73,15 @@ def each_line(look: Callable[[object], None]) -> Iterator[None]:
             raise.
     """
     # Keyed by id, with the code kept alive: hashing a code object would read all of it.
-    may_write: dict[int, tuple[bool, CodeType]] = {}
-
-    def line(frame: FrameType, event: str, argument: Any) -> Any:
-        look(frame.f_locals.get("self"))
-        return line
+    known: dict[int, tuple[frozenset[int], CodeType]] = {}
 
     def call(frame: FrameType, event: str, argument: Any) -> Any:
         code = frame.f_code
-        known = may_write.get(id(code))
-        if known is None:
-            known = may_write[id(code)] = _may_write(code) and not _made_for_us(frame), code
-        return line if known[0] else None
+        found = known.get(id(code))
+        if found is None:
+            lines = frozenset() if _made_for_us(frame) else _writing_lines(code)
+            found = known[id(code)] = lines, code
+        return _follower(found[0], look) if found[0] else None
 
     former = sys.gettrace()
     sys.settrace(call)
@@ -80,6 +91,23 @@ def each_line(look: Callable[[object], None]) -> Iterator[None]:
         sys.settrace(former)
 
 
+def _follower(lines: frozenset[int], look: Callable[[object], None]) -> Callable[..., Any]:
+    """Return a trace function for one frame, which looks after some of its lines.
+
+    Python calls it before a line, and before the frame is left; the line before has then run.
+    """
+    running: int | None = None
+
+    def follow(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal running
+        if running in lines:
+            look(frame.f_locals.get("self"))
+        running = frame.f_lineno
+        return follow
+
+    return follow
+
+
 def _made_for_us(frame: FrameType) -> bool:
     """Return whether this is generated code, such as a dataclass's, that our own code calls."""
     caller = frame.f_back
@@ -87,13 +115,32 @@ def _made_for_us(frame: FrameType) -> bool:
     return generated and caller is not None and caller.f_code.co_filename.startswith(_OURS)
 
 
-def _may_write(code: CodeType) -> bool:
+def _writing_lines(code: CodeType) -> frozenset[int]:
+    """Return the lines of a function that may write state."""
     file = code.co_filename
     if file.startswith((_TORCH, _OURS, "<frozen")):
-        return False
+        return frozenset()
     if file.startswith(_LIBRARY) and not file.startswith(_PACKAGES):
-        return False
-    return bool(_STORES & set(code.co_code[::2])) or any(
-        name in _WRITERS or (name.endswith("_") and not name.endswith("__"))
-        for name in code.co_names
+        return frozenset()
+    # Most functions do neither, and need not be read instruction by instruction.
+    if not _STORES & set(code.co_code[::2]) and not any(map(_changes, code.co_names)):
+        return frozenset()
+    return frozenset(
+        step.positions.lineno
+        for step in dis.get_instructions(code)
+        if step.positions is not None and step.positions.lineno is not None and _may_write(step)
     )
+
+
+def _may_write(step: dis.Instruction) -> bool:
+    """Return whether an instruction may write state, or names or prepares a call that may."""
+    if step.opcode in _STORES or step.opname in _UNKNOWN:
+        return True
+    if step.opname == "BINARY_OP":
+        return step.arg is not None and step.arg >= _IN_PLACE
+    return step.opcode in _NAMING and isinstance(step.argval, str) and _changes(step.argval)
+
+
+def _changes(name: str) -> bool:
+    """Return whether a function or an attribute of this name changes an object."""
+    return name in _WRITERS or (name.endswith("_") and not name.endswith("__"))
