@@ -133,6 +133,7 @@ def outcomes(home: Path, *changes: str) -> dict[str, str]:
     return {mutant.before: outcome.verdict for mutant, outcome in seen}
 
 
+@pytest.mark.long
 def test_tests_kill_what_they_check_and_nothing_else(
     checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,6 +146,7 @@ def test_tests_kill_what_they_check_and_nothing_else(
     assert (checkout / "server/layertap/wire/parts.py").read_text("utf-8") == PARTS
 
 
+@pytest.mark.long
 def test_a_test_that_fails_anyway_kills_nothing(
     checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,7 @@ CONFIG = (
 )
 
 
+@pytest.mark.long
 def test_a_plan_cache_that_is_full_or_fills_up_is_survived(tmp_path: Path) -> None:
     """Full at the start and at a reload: each plan is served, and the log says it is not stored."""
     config = tmp_path / "layertap.toml"

@@ -192,6 +192,7 @@ def test_a_restart_uses_the_plans_that_were_kept(tmp_path: Path) -> None:
     assert kept[0] == kept[1]
 
 
+@pytest.mark.long
 def test_drains_under_load() -> None:
     """At SIGTERM all admitted calls are answered, and later ones get UNAVAILABLE."""
     ended = threading.Event()

@@ -50,6 +50,7 @@ def files_of(server: Serving) -> int:
     return len(list(Path(f"/proc/{server.process.pid}/fd").iterdir()))
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("room")
 def test_no_caller_uses_up_the_files_of_others(server: Serving) -> None:
     """Clients that keep shared memory and silent connections together leave files for probes."""

@@ -43,6 +43,7 @@ def threads_of(server: Serving) -> int:
     return len(list(Path(f"/proc/{server.process.pid}/task").iterdir()))
 
 
+@pytest.mark.long
 def test_a_burst_at_the_limit_is_survived(group: Path) -> None:
     """Without new threads every call ends, health answers, and later calls are served."""
     server = Serving(["tinynets:residual", *ARGS], fresh=False)
@@ -83,6 +84,7 @@ def test_a_burst_at_the_limit_is_survived(group: Path) -> None:
         server.close()
 
 
+@pytest.mark.long
 def test_a_tight_limit_leaves_a_smaller_server(group: Path) -> None:
     """A server that starts under a limit says that it serves fewer calls at once, and serves."""
     (group / "pids.max").write_text("100")

@@ -57,8 +57,8 @@ def outcome(report: admin.ReloadResponse) -> list[tuple[str, str, bool]]:
     ("trigger", "source", "mode"),
     [
         ("signal", "script", "latency"),
-        ("call", "factory", "latency"),
-        ("signal", "factory", "throughput"),
+        pytest.param("call", "factory", "latency", marks=pytest.mark.long),
+        pytest.param("signal", "factory", "throughput", marks=pytest.mark.long),
         ("call", "script", "throughput"),
     ],
 )

@@ -180,6 +180,7 @@ def test_other_errors_are_final(error: UnavailableError | NotFoundError) -> None
         attempts.failed(error)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(120)
 def test_a_server_may_stop_and_come_back_under_load(group: Group) -> None:
     """No call fails, and each server has its share while all of them serve."""

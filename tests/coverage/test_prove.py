@@ -25,6 +25,7 @@ def test_every_layer_equals_the_reference(name: str) -> None:
     assert row.tallies[Extractor.CHILDREN].right > 0
 
 
+@pytest.mark.long
 def test_a_detection_model_is_served_by_hooks() -> None:
     """A detector can't be traced symbolically, and takes a list; HOOK serves all its layers."""
     row = prove("ssdlite320_mobilenet_v3_large")

@@ -218,7 +218,7 @@ def test_attention_maps_are_cut_in_both_dimensions(folder: Path) -> None:
             assert not row[:, :, length:].any()
 
 
-@pytest.mark.parametrize("name", ["T5Model", "CLIPModel"])
+@pytest.mark.parametrize("name", [pytest.param("T5Model", marks=pytest.mark.long), "CLIPModel"])
 def test_texts_beside_another_input_are_divided_right(tmp_path: Path, name: str) -> None:
     """A decoder's ids or an image go into the pass of their own text, whatever the order."""
     count = 12
@@ -246,6 +246,7 @@ def test_texts_beside_another_input_are_divided_right(tmp_path: Path, name: str)
         assert_close(found[layer], plain[layer])
 
 
+@pytest.mark.long
 @pytest.mark.timeout(120)
 def test_mixed_callers_under_load_get_the_answers_of_their_own_texts(
     folder: Path,

@@ -35,6 +35,7 @@ def infer(engine: Engine) -> None:
         engine.extract(request, Call())
 
 
+@pytest.mark.long
 def test_memory_levels_off_while_models_come_and_go(capsys) -> None:
     """Load, infer, unload, often: from some time on not a fifth of the loaded weights stays."""
     engine = Engine()

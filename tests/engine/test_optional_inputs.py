@@ -34,6 +34,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "T5EncoderModel": {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 37, "num_layers": 2,
                        "num_heads": 4},
 }  # fmt: skip
+QUICK = ("LlamaModel", "BertModel")
+"""Those that are tried in each run."""
+
 PATIENCE = 60
 """Seconds to wait for a plan."""
 
@@ -97,7 +100,10 @@ def compiled_modules(engine: Engine, net: nn.Module) -> list[str]:
     return [name for name in served if name in paths]
 
 
-@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize(
+    "name",
+    [each if each in QUICK else pytest.param(each, marks=pytest.mark.long) for each in MODELS],
+)
 def test_a_compiled_plan_gives_the_models_values_with_a_mask_and_without(
     engine, tmp_path: Path, name: str
 ) -> None:

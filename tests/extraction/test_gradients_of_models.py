@@ -98,7 +98,11 @@ def compare(model: LocalModel, x: Any, run: Callable[[nn.Module], torch.Tensor],
 
 @pytest.mark.parametrize(
     ("name", "side", "fewest"),
-    [("resnet18", 64, 120), ("mobilenet_v3_small", 64, 300), ("vit_b_16", 32, 0)],
+    [
+        pytest.param("resnet18", 64, 120, marks=pytest.mark.long),
+        pytest.param("mobilenet_v3_small", 64, 300, marks=pytest.mark.long),
+        ("vit_b_16", 32, 0),
+    ],
 )
 def test_every_layer_of_a_vision_model(name: str, side: int, fewest: int) -> None:
     """Outputs and inputs of every call have the gradients of a float64 oracle."""

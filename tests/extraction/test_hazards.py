@@ -301,6 +301,7 @@ def test_hazard_14_the_first_calls_of_a_program_compile(load_net) -> None:
     assert len(graphs) == 1
 
 
+@pytest.mark.long
 @torch_jit_is_deprecated  # torch._dynamo imports code that uses it
 def test_hazard_15_hooks_added_after_torch_compile(load_net) -> None:
     """Hooks added to a compiled model never fire; layertap's are on the model that runs."""

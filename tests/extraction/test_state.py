@@ -187,7 +187,8 @@ def changed_in_place(net: nn.Module, scale: torch.Tensor) -> None:
 
 def raised_in_between(net: nn.Module, scale: torch.Tensor) -> None:
     try:
-        net.held.items.append(scale); raise ValueError  # noqa: E702 - one line writes and raises
+        net.held.items.append(scale)
+        raise ValueError
     except ValueError:
         net.held.items.pop()
 

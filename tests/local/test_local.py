@@ -488,7 +488,9 @@ def test_a_model_that_cannot_be_loaded_leaves_no_thread() -> None:
     assert set(threading.enumerate()) <= before
 
 
-@pytest.mark.parametrize(("end", "code"), [("", 0), ("sys.exit(3)", 3)])
+@pytest.mark.parametrize(
+    ("end", "code"), [("", 0), pytest.param("sys.exit(3)", 3, marks=pytest.mark.long)]
+)
 def test_a_program_ends_that_does_not_close_its_model(end: str, code: int) -> None:
     """However it ends, its threads don't keep the process."""
     script = f"""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 START = "import sys, layertap.app.lifecycle"
 
 
@@ -31,6 +33,7 @@ print(torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)).item())
     assert run(f"{START}\n{code}").split() == ["True", "torch._dynamo.utils", "2.0"]
 
 
+@pytest.mark.long
 def test_torchvision_asks_the_real_compiler() -> None:
     """The function that torchvision imported answers as the compiler's own."""
     code = """
@@ -44,6 +47,7 @@ print(mine == is_compile_supported("cpu"), "torch._dynamo" in sys.modules)
     assert got.split() == ["True", "True"]
 
 
+@pytest.mark.long
 def test_a_program_that_has_the_compiler_keeps_it() -> None:
     """If it is imported first, torchvision gets it."""
     first = "import sys, torch._dynamo.utils as u"

@@ -27,7 +27,9 @@ def boxes(batch: int, length: int) -> torch.Tensor:
     return corners.sort(-2).values.flatten(-2)
 
 
-@pytest.mark.parametrize("name", ["LayoutLMModel", "LiltModel"])
+@pytest.mark.parametrize(
+    "name", ["LayoutLMModel", pytest.param("LiltModel", marks=pytest.mark.long)]
+)
 def test_documents_take_boxes(tmp_path: Path, name: str) -> None:
     """`bbox` is an optional input, of any length, with the values of transformers."""
     # LiLT has a sixth of its width for each of six numbers.

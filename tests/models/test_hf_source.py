@@ -442,6 +442,7 @@ def loading(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
     return {precision: [shard, *figures] for precision, *figures in rows}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("precision", "least"), [("float32", 140), ("bfloat16", 70)])
 def test_weights_are_never_in_memory_twice(
     loading: dict[str, list[float]], precision: str, least: int

@@ -37,8 +37,8 @@ import torch
 from torch import nn
 from torch._C import _functorch
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._pytree import tree_leaves
 
+from layertap.extraction.leaves import leaves
 from layertap.models import Batch
 
 __all__ = [
@@ -178,8 +178,8 @@ class _Program:
         for step in self.steps:
             kwargs = {name: resolved(value) for name, value in step.kwargs.items()}
             result = step.func(*resolved(step.args), **kwargs)
-            leaves = tree_leaves(result) if step.results else []
-            for ref, leaf in zip(step.results, leaves, strict=True):
+            made = leaves(result) if step.results else []
+            for ref, leaf in zip(step.results, made, strict=True):
                 if ref is not None:
                     values[ref] = leaf
                     bases.setdefault(ref.storage, leaf)
@@ -278,9 +278,9 @@ class Tape:
         """
         if call is None:
             return
-        leaves = [result] if isinstance(result, torch.Tensor) else tree_leaves(result)
-        refs = tuple(self._ref(leaf) if _is_strided(leaf) else None for leaf in leaves)
-        elements = call.elements + sum(leaf.numel() for leaf in leaves if _is_strided(leaf))
+        made = leaves(result)
+        refs = tuple(self._ref(leaf) if _is_strided(leaf) else None for leaf in made)
+        elements = call.elements + sum(leaf.numel() for leaf in made if _is_strided(leaf))
         self.elements += elements
         fault = call.fault or next((self._faults[r] for r in call.read if r in self._faults), "")
         if any(ref.storage in self._fixed for ref in call.written):
@@ -433,7 +433,7 @@ def _is_strided(value: Any) -> bool:
 
 
 def _tensors(values: Any) -> Iterator[torch.Tensor]:
-    for leaf in tree_leaves(values):
+    for leaf in leaves(values):
         if isinstance(leaf, torch.Tensor):
             inner = _unwrapped(leaf)
             if _has_sizes(inner):
@@ -458,7 +458,7 @@ def _fault(func: Any, values: Any) -> str:
         return f"it is computed by {name}, and a guard must be much faster than the pass"
     if torch.Tag.nondeterministic_seeded in getattr(func, "tags", ()):
         return "it depends on random numbers"
-    for leaf in tree_leaves(values):
+    for leaf in leaves(values):
         if isinstance(leaf, torch.Tensor) and not _is_strided(leaf):
             return "it depends on a tensor that is sparse, nested or inside torch.vmap"
         if isinstance(leaf, torch.Tensor) and (leaf.is_conj() or leaf.is_neg()):

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,9 +39,9 @@ from torch._C import _functorch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from layertap.extraction.guards import Tape
+from layertap.extraction.leaves import leaves
 from layertap.extraction.steps import discrete_results, is_new, keeps_exact
 from layertap.models.compiler_import import import_compiler
 
@@ -120,11 +120,11 @@ class Looks:
 
     def marked(self, values: Any) -> bool:
         """Return whether any tensor among the values depends on the input."""
-        return not self._marked.isdisjoint(_memory(values))
+        return self.any_marked(_memory(values))
 
-    def mark(self, values: Any) -> None:
-        """Record that the tensors among the values depend on the input."""
-        self._marked.update(_memory(values))
+    def any_marked(self, memory: Iterable[StorageWeakRef]) -> bool:
+        """Return whether any of the memory holds what depends on the input."""
+        return not self._marked.isdisjoint(memory)
 
     def sized(self, values: Any) -> bool:
         """Return whether the size of any tensor among the values depends on the content."""
@@ -137,20 +137,49 @@ class Looks:
         """
         return next((self._steps[m] for m in _memory(values) if m in self._steps), "")
 
-    def note_steps(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+    def follow(
+        self, func: Any, args: tuple[Any, ...], given: Collection[StorageWeakRef], result: Any
+    ) -> None:
+        """Record what an operation on values that depend on the input has made of them.
+
+        Args:
+            func: The operation.
+            args: Its positional arguments.
+            given: The memory of all its arguments.
+            result: What it returned.
+        """
+        self.operations += 1
+        self.count += _takes_numbers(func)
+        made = list(_memory(result))
+        if self._makes_sizes(func, args) or not self._sized.isdisjoint(given):
+            self.sizes = True
+            self._sized.update(made)
+        self._note_tables(func, args)
+        self._note_steps(func, args, given, result, made)
+        # In-place operations return what they wrote to; so do operations with an out argument.
+        self._marked.update(made)
+        self._forget_freed()
+
+    def _note_steps(
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        given: Collection[StorageWeakRef],
+        result: Any,
+        made: Collection[StorageWeakRef],
+    ) -> None:
         """Record which results of an operation are inexact, and which depend on a step."""
-        before = self.step((args, kwargs))
+        before = next((self._steps[m] for m in given if m in self._steps), "")
         if before:
-            self._steps.update(dict.fromkeys(_memory(result), before))
-        inexact = any(m in self._inexact for m in _memory((args, kwargs)))
+            self._steps.update(dict.fromkeys(made, before))
+        inexact = not self._inexact.isdisjoint(given)
         if inexact:
             for value in discrete_results(func, args, result):
                 self._steps.update(dict.fromkeys(_memory(value), func.overloadpacket.__name__))
         if inexact or not keeps_exact(func):
-            floats = [v for v in tree_leaves(result) if _may_be_rounded(v)]
-            self._inexact.update(_memory(floats))
+            self._inexact.update(_memory([v for v in leaves(result) if _may_be_rounded(v)]))
 
-    def note_tables(self, func: Any, args: tuple[Any, ...]) -> None:
+    def _note_tables(self, func: Any, args: tuple[Any, ...]) -> None:
         """Record the table if an operation looks up ids from the input in a constant table."""
         if func in _LOOK_UPS and not self.marked(args[0]):
             self.tables.add(len(args[0]))
@@ -160,7 +189,7 @@ class Looks:
         elif func is torch.ops.aten.one_hot.default and args[1] > 0:
             self.tables.add(args[1])
 
-    def forget_freed(self) -> None:
+    def _forget_freed(self) -> None:
         """Drop the marks of memory that was freed; see Note [Freed memory]."""
         if len(self._marked) <= self._limit:
             return
@@ -170,21 +199,16 @@ class Looks:
             del self._steps[memory]
         self._limit = len(self._marked) + SLACK
 
-    def makes_sizes(self, func: Any, args: tuple[Any, ...]) -> bool:
+    def _makes_sizes(self, func: Any, args: tuple[Any, ...]) -> bool:
         """Return whether the size of an operation's result depends on its arguments' content."""
         if func is torch.ops.aten.index.Tensor:  # Only indexing by a mask, not by numbers.
             masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
             return self.marked(masks)
         return func in _SIZED or torch.Tag.dynamic_output_shape in func.tags
 
-    def mark_sized(self, values: Any) -> None:
-        """Record that the sizes of the tensors among the values depend on the content."""
-        self.sizes = True
-        self._sized.update(_memory(values))
-
 
 def _memory(values: Any) -> Iterator[StorageWeakRef]:
-    for leaf in tree_leaves(values):
+    for leaf in leaves(values):
         while isinstance(leaf, torch.Tensor) and _functorch.is_functorch_wrapped_tensor(leaf):
             leaf = _functorch.get_unwrapped(leaf)  # noqa: PLW2901 - the tensor inside vmap
         # Sparse tensors have no such memory; what is computed from them and the input is marked.
@@ -224,21 +248,14 @@ class _Operations(TorchDispatchMode):
         kwargs = kwargs or {}
         if _eyes.closed:
             return func(*args, **kwargs)
-        follows = self._looks.marked((args, kwargs)) and not is_new(func)
+        given = list(_memory((args, kwargs)))
+        follows = self._looks.any_marked(given) and not is_new(func)
         call = self._tape.before(func, args, kwargs) if self._tape else None
         result = func(*args, **kwargs)
         if self._tape:
             self._tape.after(call, result, looks=follows and _takes_numbers(func))
         if follows:
-            self._looks.operations += 1
-            self._looks.count += _takes_numbers(func)
-            if self._looks.makes_sizes(func, args) or self._looks.sized((args, kwargs)):
-                self._looks.mark_sized(result)
-            self._looks.note_tables(func, args)
-            self._looks.note_steps(func, args, kwargs, result)
-            # In-place operations return what they wrote to; so do operations with an out argument.
-            self._looks.mark(result)
-            self._looks.forget_freed()
+            self._looks.follow(func, args, given, result)
         return result
 
 
