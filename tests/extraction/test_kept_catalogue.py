@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from layertap.engine import Engine
 from layertap.engine.host import ModelHost
 from layertap.extraction.code_identity import UnknownCodeError, code_identity
 from layertap.extraction.plan_cache import PlanCache
+from layertap.extraction.tf32 import allow_tf32, tf32_allowed
 from layertap.models import ModelSpec
 from layertap.selection import LayerSelection
 from quick import QUICK
@@ -108,6 +110,24 @@ def catalogue_file(folder: Path) -> Path:
     return file
 
 
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the catalogue of ``tinynets:chain``, as its first start left it."""
+    folder = tmp_path_factory.mktemp("first")
+    engine = Engine(plan_cache=PlanCache(folder, PLENTY))
+    engine.load(ModelSpec("tinynets:chain", name="net", item_shape=ITEM))
+    engine.close()
+    return folder
+
+
+@pytest.fixture
+def started(first: Path, tmp_path: Path) -> Path:
+    """A copy of that folder."""
+    folder = tmp_path / "started"
+    shutil.copytree(first, folder)
+    return folder
+
+
 @pytest.mark.parametrize("source", KEPT)
 def test_a_kept_catalogue_is_the_measured_one(load, tmp_path, source) -> None:
     """Without a folder, at the first and at the second start, a model has one catalogue."""
@@ -177,25 +197,24 @@ def test_what_cannot_be_compared_is_measured_at_each_start(load, tmp_path, sourc
         lambda data: b"[" * 100_000,
     ],
 )
-def test_a_damaged_file_is_replaced(load, tmp_path, damage) -> None:
+def test_a_damaged_file_is_replaced(load, started, damage) -> None:
     """Empty, truncated, changed and foreign files: the log says so, and the next start has one."""
-    measured = load(tmp_path)
-    file = catalogue_file(tmp_path)
+    file = catalogue_file(started)
     file.write_bytes(damage(file.read_bytes()))
-    fresh = load(tmp_path)
+    fresh = load(started)
     assert "is measured again: its kept catalogue is damaged" in fresh.log
-    assert facts(fresh.host) == facts(measured.host)
-    assert was_kept(load(tmp_path))
+    again = load(started)
+    assert was_kept(again)
+    assert facts(fresh.host) == facts(again.host)
 
 
-def test_a_forged_file_of_the_right_checksum_is_replaced(load, tmp_path) -> None:
+def test_a_forged_file_of_the_right_checksum_is_replaced(load, started) -> None:
     """A record that is no catalogue is refused when it is read, whatever its checksum says."""
-    load(tmp_path)
-    file = catalogue_file(tmp_path)
+    file = catalogue_file(started)
     _, _, body = file.read_bytes().partition(b"\n")
     forged = body.replace(b'"value":', b'"value":0,"was":')
     file.write_bytes(kept_module._checksum(forged).encode() + b"\n" + forged)
-    assert "is damaged" in load(tmp_path).log
+    assert "is damaged" in load(started).log
 
 
 FACTS = (
@@ -206,9 +225,8 @@ FACTS = (
 
 
 @pytest.mark.parametrize("name", FACTS)
-def test_every_fact_counts(load, tmp_path, monkeypatch, name) -> None:
+def test_every_fact_counts(load, started, monkeypatch, name) -> None:
     """If any fact differs, the model is measured again, and the log names the fact."""
-    load(tmp_path)
     whole = kept_module.facts_of
 
     def other(model: Any, weights: str) -> dict[str, str]:
@@ -217,23 +235,32 @@ def test_every_fact_counts(load, tmp_path, monkeypatch, name) -> None:
         return {**known, name: "another"}
 
     monkeypatch.setattr(kept_module, "facts_of", other)
-    fresh = load(tmp_path)
+    fresh = load(started)
     assert f"is for others of these: {name}" in fresh.log
     assert not was_kept(fresh)
 
 
-def test_facts_follow_the_machine_and_its_settings(load, tmp_path, monkeypatch) -> None:
+def test_facts_follow_the_machine_and_its_settings(load, started, monkeypatch) -> None:
     """Threads, an environment variable and a setting of torch are seen."""
-    load(tmp_path)
     monkeypatch.setenv("DNNL_MAX_CPU_ISA", "SSE41")
-    assert "others of these: environment" in load(tmp_path).log
+    assert "others of these: environment" in load(started).log
     monkeypatch.delenv("DNNL_MAX_CPU_ISA")
-    assert "others of these: environment" in load(tmp_path).log
+    assert "others of these: environment" in load(started).log
     torch.use_deterministic_algorithms(mode=True)
     try:
-        assert "others of these: numerics" in load(tmp_path).log
+        assert "others of these: numerics" in load(started).log
     finally:
         torch.use_deterministic_algorithms(mode=False)
+
+
+def test_settings_of_cuda_are_no_facts_of_a_model_on_a_cpu(load, started) -> None:
+    """`layertap.load` sets TF32, which means nothing to a CPU."""
+    before = tf32_allowed()
+    allow_tf32(not before)
+    try:
+        assert was_kept(load(started))
+    finally:
+        allow_tf32(before)
 
 
 NET = """
@@ -319,14 +346,13 @@ def test_a_pass_shows_what_no_digest_shows(load, tmp_path, sources, monkeypatch)
     assert "does not fit it: 'the model' returns another value" in fresh.log
 
 
-def test_other_weights_have_a_catalogue_of_their_own(load, tmp_path, monkeypatch) -> None:
+def test_other_weights_have_a_catalogue_of_their_own(load, started, monkeypatch) -> None:
     """Servers with two versions of the weights don't take each other's file."""
-    load(tmp_path)
     whole = kept_module.fingerprint
     monkeypatch.setattr(kept_module, "fingerprint", lambda model: whole(model) + "0")
-    assert not was_kept(load(tmp_path))
-    assert len(list(tmp_path.glob("*.catalogue"))) == 2
-    assert was_kept(load(tmp_path))
+    assert not was_kept(load(started))
+    assert len(list(started.glob("*.catalogue"))) == 2
+    assert was_kept(load(started))
 
 
 def test_two_servers_may_write_at_once(tmp_path) -> None:
