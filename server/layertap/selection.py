@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import cached_property
+from functools import cached_property, lru_cache
 from numbers import Real
 from typing import Any, Self
 
@@ -584,4 +584,13 @@ def parse_selections(layers: SelectionLike) -> list[LayerSelection]:
         layers = [layers]
     if isinstance(layers, Mapping):
         layers = [f"{layer}={alias}" for layer, alias in layers.items()]
-    return [s if isinstance(s, LayerSelection) else LayerSelection.parse(s) for s in layers]
+    return [s if isinstance(s, LayerSelection) else _parsed(s) for s in layers]
+
+
+def _parsed(text: str) -> LayerSelection:
+    """Return what a text selects; programs ask for the same layers again and again."""
+    return _remembered(text) if len(text) <= _REMEMBERED_LENGTH else LayerSelection.parse(text)
+
+
+_REMEMBERED_LENGTH = 256
+_remembered = lru_cache(maxsize=1024)(LayerSelection.parse)
