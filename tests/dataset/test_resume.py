@@ -24,9 +24,8 @@ from layertap.errors import InvalidInputError
 from layertap.local import LocalModel
 
 FORMATS = ["npz", "npy", "safetensors", "parquet", "lance", "zarr", "h5"]
-KILLED = [
-    each if each == "parquet" else pytest.param(each, marks=pytest.mark.long) for each in FORMATS
-]
+KILLS = int(os.environ.get("LAYERTAP_KILLS", "2"))
+"""How often a run is killed before it may end; more of them take a few seconds each."""
 ITEMS, SHARD = 96, 8
 SHARDS = ITEMS // SHARD
 # Its processes start as copies of one that has imported PyTorch, which takes seconds.
@@ -103,7 +102,8 @@ def in_process(items: str, output: str, begun) -> None:
         Case(model, items, Path()).run(Path(output))
 
 
-@pytest.mark.parametrize("suffix", KILLED)
+@pytest.mark.long
+@pytest.mark.parametrize("suffix", FORMATS)
 def test_killed_runs_continue(case: Case, suffix: str) -> None:
     """After kill -9 at random moments, the files have the same bytes as without it.
 
@@ -116,8 +116,9 @@ def test_killed_runs_continue(case: Case, suffix: str) -> None:
     case.run(whole / f"out.{suffix}")
     seconds = time.perf_counter() - started
     output, begun = broken / f"out.{suffix}", FORKING.Event()
-    for _ in range(2):
-        killed(case.items, output, begun, random.random() * seconds)
+    for _ in range(KILLS):
+        # So that some of the work is still to be done when the last one comes.
+        killed(case.items, output, begun, random.random() * seconds * 2 / KILLS)
     place = Workplace(output)
     on_disk = SHARDS if place.complete() else len(place.records())
     outcome = case.run(output)
