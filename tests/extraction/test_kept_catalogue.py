@@ -256,11 +256,22 @@ def test_facts_follow_the_machine_and_its_settings(load, started, monkeypatch) -
 def test_settings_of_cuda_are_no_facts_of_a_model_on_a_cpu(load, started) -> None:
     """`layertap.load` sets TF32, which means nothing to a CPU."""
     before = tf32_allowed()
-    allow_tf32(not before)
     try:
-        assert was_kept(load(started))
+        for allowed in (True, False):
+            allow_tf32(allowed)
+            assert was_kept(load(started))
     finally:
         allow_tf32(before)
+
+
+def test_the_precision_of_matrix_products_is_a_fact(load, started) -> None:
+    """On a CPU, too, float32 may be rounded to bfloat16 in them."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert "others of these: numerics" in load(started).log
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 NET = """

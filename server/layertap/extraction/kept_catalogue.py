@@ -365,17 +365,23 @@ def _device(device: torch.device) -> str:
 
 
 def _numerics(device: torch.device) -> tuple[Any, ...]:
+    mkldnn: Any = torch.backends.mkldnn
     found: tuple[Any, ...] = (
         torch.get_default_dtype(),
         torch.are_deterministic_algorithms_enabled(),
         torch.backends.mkldnn.enabled,
-        torch.get_float32_matmul_precision(),
+        # "none", as long as nobody has set one, means "ieee".
+        *(
+            each.fp32_precision.replace("none", "ieee")
+            for each in (mkldnn.matmul, mkldnn.conv, mkldnn.rnn)
+        ),
         torch.is_autocast_enabled("cpu"),
     )
     if device.type != "cuda":
         return found
     return (
         *found,
+        torch.get_float32_matmul_precision(),
         torch.backends.cudnn.allow_tf32,
         torch.backends.cudnn.benchmark,
         torch.backends.cuda.matmul.allow_tf32,
