@@ -39,7 +39,10 @@ BATCH = np.zeros((2, *ITEM), np.float32)
 EXTRACT = "layertap.v1.FeatureService/Extract"
 STREAM = "layertap.v1.FeatureService/ExtractStream"
 CLOCK_NS = 50_000_000
-"""How far the system's clock, which times calls, may be set meanwhile; parts have another clock."""
+"""How far the system's clock, by which calls are timed, may be adjusted during a call.
+
+Its parts are timed by a monotonic clock.
+"""
 
 
 class Traced:

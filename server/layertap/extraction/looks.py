@@ -135,7 +135,10 @@ class Looks:
 
         See Note [Discontinuous steps]; empty if there is none.
         """
-        return next((self._steps[m] for m in _memory(values) if m in self._steps), "")
+        return self._step_of(_memory(values))
+
+    def _step_of(self, memory: Iterable[StorageWeakRef]) -> str:
+        return next((self._steps[each] for each in memory if each in self._steps), "")
 
     def follow(
         self, func: Any, args: tuple[Any, ...], given: Collection[StorageWeakRef], result: Any
@@ -169,7 +172,7 @@ class Looks:
         made: Collection[StorageWeakRef],
     ) -> None:
         """Record which results of an operation are inexact, and which depend on a step."""
-        before = next((self._steps[m] for m in given if m in self._steps), "")
+        before = self._step_of(given)
         if before:
             self._steps.update(dict.fromkeys(made, before))
         inexact = not self._inexact.isdisjoint(given)
@@ -321,7 +324,7 @@ def _watch_functions(looks: Looks) -> Iterator[None]:
     try:
         yield
     finally:
-        # Until Python 3.12 a cProfile.Profile is no function, and only starts again by itself.
+        # Before Python 3.12 it may be a cProfile.Profile, which is started again, not called.
         again = getattr(before, "enable", None)
         sys.setprofile(None if again else before)
         if again:
