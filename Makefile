@@ -86,6 +86,7 @@ mutants: setup ## change the core in small ways and see whether the tests notice
 bench: .venv/.built ## what layers and replies cost, in minutes; writes benchmarks/README.md
 	$(BIN)/python -W ignore benchmarks/bench_extractors.py --rounds 10 $(ARGS)
 	$(BIN)/python -W ignore benchmarks/bench_matrix.py
+	$(BIN)/python -W ignore benchmarks/bench_races.py
 	$(BIN)/python -W ignore benchmarks/bench_wire.py --rounds 8 $(ARGS)
 	$(BIN)/python -W ignore benchmarks/bench_server.py
 	$(BIN)/python -W ignore benchmarks/bench_encode.py

@@ -13,7 +13,7 @@ PyTorch's own before anything is timed.
 
 Then one run writes many gigabytes of `layer1` within a budget, and the memory of the process is
 watched. The budget is that of rows and items; the model, its passes and PyTorch's own memory come
-on top, and are measured before the run by passes of the same batches.
+on top, and are measured before the run by passes of the same batches, from their compilation on.
 
 thingsvision is no dependency of layertap: `make bench-dataset` makes an environment.
 """
@@ -43,6 +43,7 @@ HOME = Path(__file__).resolve().parent.parent
 FOLDER = HOME / "build" / "bench-dataset"
 NET, LAYER, LARGE_LAYER = "resnet50", "avgpool", "layer1"
 SIDE, BATCH = 375, 16
+EXTRACTOR = "torchscript"
 TOLERANCE = 1e-3
 """The largest difference, as a share of the largest feature. Programs fold batch norms."""
 
@@ -276,13 +277,19 @@ def memory_here(gigabytes: float, budget: int) -> dict[str, Any]:
         source = photos(count)
         files = sorted(source.iterdir())[:BATCH]
         peaks.forget()
-        for _ in range(10):
-            model.extract(files, LARGE_LAYER)
+        # All that the engine does for such batches, the last and smaller one among them: compiling
+        # the program, comparing its values at each size, and passes.
+        for size in {BATCH, count % BATCH or BATCH}:
+            for _ in range(10):
+                model.extract(files[:size], LARGE_LAYER, extractor=EXTRACTOR)
         before = peaks.peak()
         output = Path(made) / "features.safetensors"
         peaks.forget()
         begun = time.perf_counter()
-        outcome = extract(model, [source], [LARGE_LAYER], output, batch_size=BATCH, memory=budget)
+        outcome = extract(
+            model, [source], [LARGE_LAYER], output,
+            extractor=EXTRACTOR, batch_size=BATCH, memory=budget,
+        )  # fmt: skip
         seconds = time.perf_counter() - begun
         peak = peaks.peak()
         nbytes = sum(file.stat().st_size for file in output.iterdir())
@@ -313,7 +320,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--items", type=int, default=5000)
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--extractor", default="torchscript", help="of the plan and of extract")
+    parser.add_argument("--extractor", default=EXTRACTOR, help="of the plan and of extract")
     parser.add_argument("--gigabytes", type=float, default=10.0, help="of the large output")
     parser.add_argument("--budget", type=int, default=512 << 20, help="bytes of extract's memory")
     parser.add_argument("--results", type=Path, default=common.RESULTS)

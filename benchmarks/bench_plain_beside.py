@@ -1,10 +1,11 @@
 """Are plain requests as fast and as right as before there were gradients and interventions?
 
 Two servers take turns, each from a checkout of its own: one of the commit before gradients, and
-this one. So do two callers, each with the client of its checkout. Before anything is timed, every
-plain reply of one server is compared with the other's, bit for bit. In the end, eight threads mix
-plain requests with gradients and interventions on this server, and every reply is compared with
-that of the same request alone.
+this one. Both are asked by a caller of this checkout, which shows what the servers differ by; and
+the other server by a caller of its own checkout as well, whose client has learnt nothing since,
+such as to choose between servers. Before anything is timed, every plain reply of one server is
+compared with the other's, bit for bit. In the end, eight threads mix plain requests with gradients
+and interventions on this server, and every reply is compared with that of the same request alone.
 
 It needs the other checkout, with its extension:
 
@@ -26,7 +27,8 @@ import report
 from checkouts import Caller, Checkout
 
 NET = "resnet18"
-BEFORE, NOW = "before", "now"
+BEFORE, NOW, OLD_CALLER = "before", "now", "before, with its own client"
+SIDES = (BEFORE, OLD_CALLER, NOW)
 CALLS = 20
 WAKING = 2
 """Calls at the beginning of a turn that are not counted: they wake up what slept meanwhile."""
@@ -64,49 +66,66 @@ def check(callers: dict[str, Caller]) -> int:
     """Return how many plain replies were compared; stop where the servers' bits differ."""
     requests = {**PLAIN, **{str(each): each for each in MIXED if is_plain(each)}}
     for name, request in requests.items():
-        before, now = (callers[side].digests(request) for side in (BEFORE, NOW))
-        if before != now:
-            raise SystemExit(f"{name}: the servers' values differ: {before} and {now}")
+        found = {side: callers[side].digests(request) for side in SIDES}
+        if any(found[side] != found[NOW] for side in SIDES):
+            raise SystemExit(f"{name}: the servers' values differ: {found}")
     return len(requests)
 
 
 def latencies(callers: dict[str, Caller], rounds: int) -> dict[str, Any]:
     """Time a lone caller of each server, in turns."""
-    times: dict[str, dict[str, list[float]]] = {name: {BEFORE: [], NOW: []} for name in PLAIN}
-    ratios: dict[str, list[float]] = {name: [] for name in PLAIN}
+    times: dict[str, dict[str, list[float]]] = {
+        name: {side: [] for side in SIDES} for name in PLAIN
+    }
+    ratios: dict[str, dict[str, list[float]]] = {
+        name: {side: [] for side in SIDES if side != NOW} for name in PLAIN
+    }
     for round_ in range(-WARMING, rounds):
         # The second side finds warm caches and perhaps a slower clock, so the order alternates.
-        sides = (BEFORE, NOW) if round_ % 2 else (NOW, BEFORE)
+        sides = SIDES if round_ % 2 else SIDES[::-1]
         for name, request in PLAIN.items():
             taken = {side: callers[side].times(request, CALLS)[WAKING:] for side in sides}
             if round_ < 0:
                 continue
             for side in sides:
                 times[name][side] += taken[side]
-            medians = [statistics.median(taken[side]) for side in (NOW, BEFORE)]
-            ratios[name].append(medians[0] / medians[1])
-    rows: dict[str, Any] = {}
-    for name, both in times.items():
-        row = {side: common.quantiles(both[side]) for side in (BEFORE, NOW)}
-        rows[name] = {
-            **row,
-            "ratio of the medians": row[NOW]["p50"] / row[BEFORE]["p50"],
-            "ratio, by round": common.quantiles(ratios[name]),
+            medians = {side: statistics.median(taken[side]) for side in sides}
+            for side, found in ratios[name].items():
+                found.append(medians[NOW] / medians[side])
+    return {name: _row(times[name], ratios[name]) for name in PLAIN}
+
+
+def _row(times: dict[str, list[float]], ratios: dict[str, list[float]]) -> dict[str, Any]:
+    """Return the milliseconds of each side, and how many times as many this server's calls take."""
+    row = {side: common.quantiles(taken) for side, taken in times.items()}
+    beside = {
+        side: {
+            "ratio of the medians": row[NOW]["p50"] / row[side]["p50"],
+            "ratio, by round": common.quantiles(found),
         }
-    return rows
+        for side, found in ratios.items()
+    }
+    return {**row, "now beside": beside}
 
 
 def run(before: Path, rounds: int, mixed: int) -> dict[str, Any]:
     """Start both servers and their callers, compare, and time."""
     checkouts = {BEFORE: Checkout(before), NOW: Checkout(Path(__file__).parents[1])}
     with ExitStack() as closing:
-        callers = {}
-        for side, checkout in checkouts.items():
-            serving = checkout.serving(
-                NET, "--weights", "random", "--seed", "0", "--layers", "layer1,conv1"
+        addresses = {
+            side: closing.enter_context(
+                checkout.serving(
+                    NET, "--weights", "random", "--seed", "0", "--layers", "layer1,conv1"
+                )
             )
-            address = closing.enter_context(serving)
-            callers[side] = closing.enter_context(checkout.caller(address, NET))
+            for side, checkout in checkouts.items()
+        }
+        callers = {
+            side: closing.enter_context(checkouts[code].caller(addresses[server], NET))
+            for side, code, server in (
+                (BEFORE, NOW, BEFORE), (OLD_CALLER, BEFORE, BEFORE), (NOW, NOW, NOW),
+            )
+        }  # fmt: skip
         compared = check(callers)
         rows = latencies(callers, rounds)
         found = callers[NOW].mix(MIXED, mixed, THREADS)
@@ -130,12 +149,13 @@ def main() -> None:
     options = parser.parse_args()
     results = run(options.before, options.rounds, options.mixed)
     for name, row in results["milliseconds"].items():
-        medians = " ".join(f"{side} {row[side]['p50']:8.3f} ms" for side in (BEFORE, NOW))
-        by_round = row["ratio, by round"]
-        print(
-            f"{name:38} {medians}  now / before {row['ratio of the medians']:.3f}"
-            f" (by round {by_round['p25']:.3f} to {by_round['p75']:.3f})"
-        )
+        print(f"{name:38} " + " ".join(f"{side} {row[side]['p50']:.3f} ms" for side in SIDES))
+        for side, found in row["now beside"].items():
+            by_round = found["ratio, by round"]
+            print(
+                f"    now / {side}: {found['ratio of the medians']:.3f}"
+                f" (by round {by_round['p25']:.3f} to {by_round['p75']:.3f})"
+            )
     print(results["mixed"])
     common.save(
         "plain_beside",

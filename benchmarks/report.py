@@ -77,8 +77,8 @@ include the choice of the extractor, its compilation and the writing. Machine: {
 {table}
 
 Memory: an output of {output:.1f} GB with `--memory` {budget:.0f} MiB. The process had at most
-{before:.0f} MiB in RAM during passes of the same batches alone, and {peak:.0f} MiB during the run:
-{share:.2f} of the budget more.
+{before:.0f} MiB in RAM while the engine alone compiled, proved and ran the same batches. During the
+run it had at most {peak:.0f} MiB; the engine and the budget together are {allowed:.0f} MiB.
 """
 
 RAY_SERVE = """
@@ -355,11 +355,12 @@ PLAIN_BESIDE = """
 
 [bench_plain_beside.py](bench_plain_beside.py): resnet18 with random weights, a tensor of one image.
 Milliseconds of a lone caller, median (quartiles) of {rounds} rounds of {calls} calls. The servers
-of the commits {before} (before) and {now} (now) take turns, each with the client of its commit. The
-bits of {compared} plain replies were compared first: all are equal. The last column is the median
-(quartiles) of the ratios of the rounds. Then {threads} threads mixed {requests} requests of {kinds}
-kinds, plain ones, gradients and interventions: {wrong} replies differed from those of the same
-request alone. Machine: {facts}.
+of the commits {before} (before) and {now} (now) take turns. Both are asked with the client of now,
+and the former server with the client of its own commit as well, which could not yet choose between
+servers. The bits of {compared} plain replies were compared first: all are equal. Ratios are the
+medians (quartiles) of those of the rounds. Then {threads} threads mixed {requests} requests of
+{kinds} kinds, plain ones, gradients and interventions: {wrong} replies differed from those of the
+same request alone. Machine: {facts}.
 
 {table}
 """
@@ -373,6 +374,18 @@ preprocessed **{cores:.2f} ×** as fast by the threads of the server as by one t
 were compared first: all ways give torchvision's, bit for bit. The table has milliseconds
 (quartiles); the decoders and the ways from a file to a model's item run on one core. Machine:
 {facts}.
+
+{table}
+"""
+
+RACES = """
+## Is AUTO as fast as the best single extractor?
+
+[bench_races.py](bench_races.py): AUTO races the proven extractors for a layer and a batch size
+([which one AUTO takes](../docs/extraction.md#which-extractor-auto-takes)), and then takes turns
+with each of them, in this process. Milliseconds, median (quartiles) of {rounds} turns; the last
+column is the median (quartiles) of the ratios of the turns to the extractor with the best median.
+The values were compared first. {threads} threads. Machine: {facts}.
 
 {table}
 """
@@ -883,16 +896,21 @@ def _interventions(results: dict[str, Any], folder: Path) -> str:
 
 
 def _plain_beside(results: dict[str, Any], folder: Path) -> str:
+    servers, with_clients = "before", "before, with its own client"
     rows = [
         [
             name,
-            _quartiles(row["before"]),
-            _quartiles(row["now"]),
-            f"{row['ratio of the medians']:.3f}",
-            "{p50:.3f} ({p25:.3f}–{p75:.3f})".format(**row["ratio, by round"]),
+            *(_quartiles(row[side]) for side in (servers, with_clients, "now")),
+            *(
+                "{p50:.3f} ({p25:.3f}–{p75:.3f})".format(
+                    **row["now beside"][side]["ratio, by round"]
+                )
+                for side in (servers, with_clients)
+            ),
         ]
         for name, row in results["milliseconds"].items()
     ]
+    head = ["", servers, with_clients, "now", "the server: now / before", "with the clients"]
     return PLAIN_BESIDE.format(
         rounds=results["rounds"],
         calls=results["calls in a turn"],
@@ -900,7 +918,29 @@ def _plain_beside(results: dict[str, Any], folder: Path) -> str:
         compared=results["plain replies of equal bits"],
         **results["mixed"],
         facts=_facts(results["machine"]),
-        table=_table(["", "before", "now", "now / before", "by round"], rows),
+        table=_table(head, rows),
+    )
+
+
+def _races(results: dict[str, Any], folder: Path) -> str:
+    rows = results["rows"]
+    ways = list(next(iter(rows.values()))["milliseconds"])
+    table = [
+        [
+            name,
+            *(_quartiles(row["milliseconds"][way]) for way in ways),
+            row["best"].upper(),
+            "{p50:.3f} ({p25:.3f}–{p75:.3f})".format(**row["AUTO / best, by round"]),
+        ]
+        for name, row in rows.items()
+    ]
+    return RACES.format(
+        rounds=results["rounds"],
+        threads=results["threads"],
+        facts=_facts(results["machine"]),
+        table=_table(
+            ["model, layer, items", *(way.upper() for way in ways), "best", "AUTO / best"], table
+        ),
     )
 
 
@@ -989,7 +1029,7 @@ def _dataset(results: dict[str, Any], folder: Path) -> str:
         budget=memory["budget bytes"] / (1 << 20),
         before=memory["engine peak bytes"] / (1 << 20),
         peak=memory["peak bytes"] / (1 << 20),
-        share=memory["beyond the engine, of the budget"],
+        allowed=(memory["engine peak bytes"] + memory["budget bytes"]) / (1 << 20),
     )
 
 
@@ -1042,6 +1082,7 @@ SECTIONS: dict[str, Section] = {
     "extractors": _extractors,
     "matrix": _matrix,
     "matrix_tf32": _matrix_tf32,
+    "races": _races,
     "graphs": _graphs,
     "server": _server,
     "peers": _peers,

@@ -82,9 +82,9 @@ def test_the_driver_is_killed(tmp_path: Path, short: str) -> None:
         with start(folder, short) as driver:
             before = parts(folder)
             # While the cluster starts there is nothing to interrupt.
-            while parts(folder) == before and driver.poll() is None:
+            until = before + choose.randint(1, BLOCKS // KILLS)
+            while parts(folder) < until and driver.poll() is None:
                 time.sleep(0.01)
-            time.sleep(choose.uniform(0, 3))
             driver.send_signal(signal.SIGKILL)
         seen.append(parts(folder))
         if driver.returncode == 0:

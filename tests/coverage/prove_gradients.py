@@ -475,7 +475,9 @@ was added to the value at the moment at which the module returned it: float64 to
 largest one may be off by {units} units of rounding of that{rounded}. In float64, on a CPU, no
 gradient is given such an allowance{loose}. The reference
 itself was compared with central differences of the unchanged module, which need no autograd, at
-{checked} values. Random weights, small inputs, two items. `make test-gradients` writes this
+{checked} values. Random weights, small inputs, two items. The
+experts of Mixtral run in a loop, as PyTorch's grouped product takes no float64, and ViLT takes an
+image's patches in order, as it draws another order in each pass. `make test-gradients` writes this
 section.
 
 {groups}: {values} values; {right64} gradients right in float64 and {right32} in float32,

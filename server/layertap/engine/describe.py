@@ -71,7 +71,10 @@ def summarize(host: ModelHost) -> ModelDescription:
         passes=PassDescription(
             rules.early_stop, rules.concurrent, rules.shared, rules.state.name.lower()
         ),
-        notes=(*host.catalogue.notes, *rules.notes, *_of_lengths(host), *host.sharing.notes),
+        notes=(
+            *(*host.catalogue.notes, *rules.notes, *_of_lengths(host)),
+            *(*host.sharing.notes, *host.races.notes),
+        ),
         declared_layers=tuple(each.name_for(each.layer) for each in host.declared),
     )
 

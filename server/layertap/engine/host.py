@@ -8,12 +8,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from layertap.call import Call
 from layertap.engine.compute import ComputeThreads
 from layertap.engine.lengths import Lengths
 from layertap.engine.promotion import Promoter
+from layertap.engine.races import RACE_AFTER, Contest, Races
 from layertap.engine.resolve import Resolved, resolve
 from layertap.engine.sharing import MAX_CALLERS, Sharing, Trial
 from layertap.engine.slow_plans import SlowPlans
@@ -134,6 +135,7 @@ class ModelHost:
         staging: Copies values from a GPU to the host; None if values are written at once.
         lengths: Which requests may share passes with items of other lengths; None if none may.
         sharing: Whose requests share passes with others for the same items.
+        races: Which extractor AUTO takes where there is a compiled plan.
 
     Raises:
         ModelLoadError: If the model can't run on sample input of its own signature.
@@ -201,12 +203,13 @@ class ModelHost:
         # A compiled program has its own weights, at most as large as the model's.
         self._fits = self.weight_bytes <= limits.plan_bytes
         self._max_compiled = max(1, limits.plan_bytes // max(1, self.weight_bytes))
-        self._promoter: Promoter[PlanKey] = Promoter(self._compile)
+        self._promoter: Promoter[PlanKey | Contest] = Promoter(self._beside_requests)
         self._slow_plans: SlowPlans[PlanKey] = SlowPlans(self._compile)
         self.lengths = self._lengths(call)
         self.sharing = Sharing(
             model.name, self.options.batching, self._trial, self._served, self._names_of
         )
+        self.races = Races(compute, self._contenders, self._race_batch, self._names_of)
         self._resolve = lru_cache(maxsize=MAX_RESOLVED)(
             partial(resolve, self.model, self.catalogue, max_layers=limits.layers)
         )
@@ -481,11 +484,12 @@ class ModelHost:
         ]
 
     def stop_promoting(self) -> None:
-        """Stop compiling layer sets and measuring shared passes in the background.
+        """Stop compiling layer sets, races and measuring shared passes in the background.
 
         Call this before a compute thread closes the host. Otherwise closing would wait for a
         compiling step that waits for this compute thread.
         """
+        self.races.close()
         self._promoter.close()
         self.sharing.close()
         self._slow_plans.close()
@@ -681,12 +685,44 @@ class ModelHost:
                 plan = self._declared_plans.get(key) or self._plans.get(key)
                 refused = key in self._refusals
             if plan is not None and not plan.refusal(x.size):
-                return extractor
+                return self._fastest(key, plan, x.size)
             if compiles and plan is None and not refused:
                 # A copy: the request's own memory goes with the request.
                 self._promoter.note(key, x.clone if outcome != () else lambda: None)
                 compiles = False  # The next kind is compiled only if this one is refused.
         return resolved.candidates[0]
+
+    def _fastest(self, key: PlanKey, plan: Plan, size: int) -> Extractor:
+        """Return the extractor that won the race of a compiled plan; its own if there was none."""
+        # Further passes of a stateful model would change later answers.
+        stateful = self.catalogue.scope.rules.state is KeptState.KEPT
+        if not self.options.race or key.outcome or stateful:
+            return plan.extractor
+        contest = Contest.of(key, size)
+        winner = self.races.winner(contest)
+        if winner is None:
+            self._promoter.note(contest, lambda: size, after=RACE_AFTER)
+            return plan.extractor
+        if winner is REFERENCE.id:
+            return winner
+        other = self._served(key._replace(extractor=winner))
+        return plan.extractor if other is None or other.refusal(size) else winner
+
+    def _contenders(self, contest: Contest, size: int) -> list[Plan]:
+        """Return the plans for a contest, proven at a batch size, the preferred one first."""
+        keys = [contest.key._replace(extractor=each) for each in KINDS]
+        found = [self._served(key) for key in keys if kind_of(key.extractor).compiled]
+        model = self._built(contest.key._replace(extractor=REFERENCE.id), lambda: None, Call())
+        plans = [plan for plan in (*found, model) if plan is not None and not plan.dynamic]
+        for plan in plans:
+            prove = partial(self._builder.prover.prove_size, plan, size)
+            self.compute.run(prove, Call())
+        proven = [plan for plan in plans if plan.refusal(size) == ""]
+        first = [plan for plan in proven if plan.key == contest.key]
+        return [*first, *(plan for plan in proven if plan.key != contest.key)] if first else []
+
+    def _race_batch(self, plan: Plan, size: int) -> Batch:
+        return ordinary_batch(self.model, size, plan.batch_key)
 
     def _known(self, key: PlanKey) -> Plan | None:
         with self._lock:
@@ -737,6 +773,13 @@ class ModelHost:
                 f"{in_words(key.outcome)}: {len(outcomes)} other outcomes have a compiled plan, "
                 f"the most that are kept; {REFERENCE.name} can"
             )
+
+    def _beside_requests(self, key: PlanKey | Contest, noted: Any) -> Iterator[None]:
+        """Compile a layer set that is requested often, or race what is; see ``_compile``."""
+        if isinstance(key, Contest):
+            yield from self.races.steps(key, noted)
+        else:
+            yield from self._compile(key, noted)
 
     def _compile(self, key: PlanKey, example: Batch | None) -> Iterator[None]:
         """Compile a layer set in steps; requests run between them.

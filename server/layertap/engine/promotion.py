@@ -1,4 +1,4 @@
-"""Promotion: compiles sets of layers that are requested often, while requests are served.
+"""Promotion: work for what is requested often, such as compiling, while requests are served.
 
 Compiling must happen on a compute thread, where the program will run, and takes as long as a few
 forward passes. So it is divided into steps, and other requests run between them.
@@ -29,15 +29,15 @@ _log = logging.getLogger(__name__)
 
 
 class Promoter(Generic[K]):
-    """Counts the requests for each layer set, and compiles a set once it is requested often.
+    """Counts the requests for each key, such as a layer set, and works for those of many requests.
 
     Args:
-        compile_steps: Compiles a set, given what was noted, and yields between the steps. It runs
+        steps: Does the work for a key, given what was noted, and yields between the steps. It runs
             on the promoter's own thread, so it must send each step to a compute thread itself.
     """
 
-    def __init__(self, compile_steps: Callable[[K, Any], Iterator[None]]) -> None:
-        self._compile_steps = compile_steps
+    def __init__(self, steps: Callable[[K, Any], Iterator[None]]) -> None:
+        self._steps = steps
         self._counts: OrderedDict[K, int] = OrderedDict()
         self._wanted: SimpleQueue[tuple[K, Any] | None] = SimpleQueue()
         self._closed = threading.Event()
@@ -45,24 +45,27 @@ class Promoter(Generic[K]):
         self._thread = threading.Thread(target=self._work, name="layertap-promoter", daemon=True)
         start_thread(self._thread)
 
-    def note(self, key: K, example: Callable[[], Any] = lambda: None) -> None:
-        """Count one request; the one that reaches PROMOTE_AFTER starts the compilation.
+    def note(
+        self, key: K, example: Callable[[], Any] = lambda: None, *, after: int = PROMOTE_AFTER
+    ) -> None:
+        """Count one request; the one with the number ``after`` starts the work.
 
         Args:
             key: What the request was for.
-            example: Returns what the compilation needs of this request, such as its batch. It is
-                kept until the compilation ends.
+            example: Returns what the work needs of this request, such as its batch. It is kept
+                until the work ends.
+            after: How many requests there must be.
         """
         with self._lock:
             count = self._counts.pop(key, 0) + 1
             self._counts[key] = count
             if len(self._counts) > MAX_COUNTED:
                 self._counts.popitem(last=False)
-        if count == PROMOTE_AFTER:
+        if count == after:
             self._wanted.put((key, example()))
 
     def close(self) -> None:
-        """Stop compiling and end the thread."""
+        """Give up the work and end the thread."""
         self._closed.set()
         self._wanted.put(None)
         self._thread.join()
@@ -70,7 +73,7 @@ class Promoter(Generic[K]):
     def _work(self) -> None:
         while (wanted := self._wanted.get()) is not None:
             try:
-                for _ in self._compile_steps(*wanted):
+                for _ in self._steps(*wanted):
                     if self._closed.is_set():
                         return
             except LayertapError as error:

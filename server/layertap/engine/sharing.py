@@ -10,7 +10,8 @@ Note [Measured sharing]
 
     Plans of declared layers are measured before the model is ready. Any other plan is measured
     after PROMOTE_AFTER of its requests have met another one, while requests are served: a turn is
-    short, and requests run between its passes. ``layertap.batching.decision`` has the rule.
+    short, and requests run between its passes. ``layertap.turns`` has the rule. To run alone is the
+    way that is kept in doubt, as the values are then exactly those of the request's own pass.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from functools import partial
 
 import torch
 
-from layertap.batching import BatchPolicy, sharing_pays
+from layertap.batching import BatchPolicy
 from layertap.call import Call
 from layertap.engine.compute import ComputeThreads
 from layertap.engine.promotion import Promoter
@@ -36,6 +37,7 @@ from layertap.extraction.plan import Plan, PlanKey
 from layertap.extraction.proof import items_of
 from layertap.models import Batch
 from layertap.threads import WorkerThreads, start_threads
+from layertap.turns import other_pays
 
 __all__ = ["MAX_CALLERS", "Decision", "Sharing", "Trial"]
 
@@ -69,7 +71,7 @@ class Decision:
     def of(cls, once: Once, before: bool | None) -> Decision:
         """Measure in turns until the rule can tell."""
         ratios: list[float] = []
-        while (shared := sharing_pays(ratios, before)) is None:
+        while (shared := other_pays(ratios, before)) is None:
             # Each way is first in every other turn.
             first = len(ratios) % 2 == 1
             rates = {way: once(way) for way in (first, not first)}

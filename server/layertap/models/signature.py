@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
@@ -426,5 +427,6 @@ def _conventional(spec: InputSpec) -> tuple[str, ...]:
     return _NAMES.get(count) or tuple(f"N{number}" for number in range(1, count + 1))
 
 
+@cache
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

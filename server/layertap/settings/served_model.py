@@ -38,6 +38,15 @@ class HostOptions:
             flag=NO_FLAG,
         ),
     ] = ()
+    race: Annotated[
+        bool,
+        Setting(
+            "Let AUTO change from a compiled program to another extractor that was measured to be "
+            "faster on this machine, while requests are served.",
+            kinds.TRUTH,
+            flag=NO_FLAG,
+        ),
+    ] = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from layertap.grpc_health import health_pb2
 from layertap.services.caller import REQUEST_ID_KEY, request_id_from
 from layertap.services.grpc_adapter.statuses import error_metadata
 from layertap.v1 import feature_service_pb2
-from layertap.wire.messages import ERROR_METADATA_KEY
+from layertap.wire.messages import ERROR_METADATA_KEY, REPLY_COMPRESSION_KEY
 
 __all__ = ["FEATURES", "HEALTH", "TIME_LEFT_KEY", "add_to_server"]
 
@@ -99,6 +99,10 @@ def _unary(inner: _Unary, method: str) -> _Unary:
     async def handle(message: bytes, context: Any) -> bytes:
         reply = await inner(message, _Context(context))
         _restate(method, context)
+        if any(key == REPLY_COMPRESSION_KEY for key, _ in _metadata(context)):
+            # With the initial metadata, gRPC's asyncio server says how it compresses. If it sends
+            # them together with a unary reply, as it does otherwise, it leaves that out.
+            await context.send_initial_metadata(())
         return reply
 
     return handle
@@ -118,7 +122,11 @@ def _stream(inner: _Stream, method: str) -> _Stream:
 
 
 class _Context:
-    """gRPC's context with one more entry of metadata: the time that the call has left.
+    """gRPC's context as Ray is given it.
+
+    It has one more entry of metadata: the time that the call has left. Ray sets the compression
+    with each message of a stream, and gRPC accepts it with the first only, so the others are left
+    out here.
 
     Args:
         context: gRPC's own context.
@@ -126,6 +134,7 @@ class _Context:
 
     def __init__(self, context: Any) -> None:
         self._context = context
+        self._compression: grpc.Compression | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._context, name)
@@ -135,6 +144,12 @@ class _Context:
         metadata = _metadata(self._context)
         left = self._context.time_remaining()
         return metadata if left is None else (*metadata, (TIME_LEFT_KEY, repr(left)))
+
+    def set_compression(self, compression: grpc.Compression) -> None:
+        """Have the messages of the call compressed."""
+        if self._compression is None:
+            self._compression = compression
+            self._context.set_compression(compression)
 
 
 def _metadata(context: Any) -> _Metadata:

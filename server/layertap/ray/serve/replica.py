@@ -129,8 +129,6 @@ class Replica:
                     yield reply.report(grpc_context, caller)
                     return
                 yield Reply(reply)
-                # gRPC accepts it with the first message only.
-                grpc_context.set_compression(None)
                 del reply
         finally:
             # The reader and the items in flight, if the client has left.

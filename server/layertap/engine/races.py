@@ -1,0 +1,208 @@
+"""Which of the proven extractors serves a layer set fastest, for AUTO.
+
+Note [Measured races]
+    A compiled program is mostly faster than the model under its hooks. By how much depends on the
+    model, the layers, the number of items and the machine, and sometimes it is slower. AUTO begins
+    with the compiled plan. Once that has served RACE_AFTER requests, the other plans for the same
+    layers race it: the model under its hooks, and programs of other compilers, if a request has
+    named them. The plans take turns on a compute thread, on input that proofs use, and each copies
+    its values as a reply does; requests run between the passes. ``layertap.turns`` has the rule:
+    another extractor must be faster by MARGIN, or AUTO keeps the compiled plan.
+
+    Each bucket of batch sizes has a race of its own: 1, 2, 3 and 4, 5 to 8, and so on. The result
+    is kept as long as the model is served, and its description tells it. Nothing is raced where a
+    further pass could change later answers, as of a stateful model, and where a plan serves only
+    some outcomes of the model's looks.
+"""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from layertap.call import Call
+from layertap.engine.compute import ComputeThreads
+from layertap.extraction.plan import Plan, PlanKey
+from layertap.models import Batch
+from layertap.selection import Extractor
+from layertap.turns import other_pays
+
+__all__ = ["RACE_AFTER", "Contest", "Race", "Races"]
+
+RACE_AFTER = 32
+"""A race begins when a compiled plan has served this many of AUTO's requests of about one size."""
+
+MARGIN = 1.03
+"""How many times as fast another extractor must be to replace the compiled one."""
+
+PASSES = 2
+"""Passes of each plan in a turn, of which the faster one counts."""
+
+MAX_RACES = 256
+
+
+class Contest(NamedTuple):
+    """What a race is about.
+
+    Attributes:
+        key: The compiled plan that AUTO prefers.
+        bucket: The largest batch size of the bucket.
+    """
+
+    key: PlanKey
+    bucket: int
+
+    @classmethod
+    def of(cls, key: PlanKey, size: int) -> Contest:
+        """Return the contest for a plan's requests with so many items."""
+        return cls(key, 1 << (size - 1).bit_length())
+
+
+@dataclass(frozen=True, slots=True)
+class Race:
+    """The result of a race.
+
+    Attributes:
+        first: The extractor that AUTO prefers without a race.
+        winner: The extractor that serves the requests from now on.
+        ratios: For each other extractor, how many times as fast as the first one it was, by turn.
+    """
+
+    first: Extractor
+    winner: Extractor
+    ratios: Mapping[Extractor, Sequence[float]]
+
+    def __str__(self) -> str:
+        """Return the result in words."""
+        times = {self.first: [1.0], **self.ratios}
+        mine = statistics.median(times[self.winner])
+        beside = []
+        for extractor, ratios in self.ratios.items():
+            if self.winner is self.first:
+                other, factors = extractor, [1 / ratio for ratio in ratios]
+            elif extractor is self.winner:
+                other, factors = self.first, list(ratios)
+            else:
+                other, factors = extractor, [mine / ratio for ratio in ratios]
+            beside.append(
+                f"{statistics.median(factors):.2f} times as fast as {other.name} "
+                f"({min(factors):.2f} to {max(factors):.2f} in {len(factors)} turns)"
+            )
+        return f"{self.winner.name} was {' and '.join(beside)}"
+
+
+class Races:
+    """Runs the races of one model, and keeps their results. Thread-safe.
+
+    Args:
+        compute: The compute threads.
+        contenders: Returns the plans that may race for a contest and a batch size, the preferred
+            one first; fewer than two if there is no race.
+        sample: Returns a batch of so many items for a plan, on the model's device.
+        names_of: Returns the names of a plan's layers, for notes.
+    """
+
+    def __init__(
+        self,
+        compute: ComputeThreads,
+        contenders: Callable[[Contest, int], Sequence[Plan]],
+        sample: Callable[[Plan, int], Batch],
+        names_of: Callable[[Plan], str],
+    ) -> None:
+        self._compute = compute
+        self._contenders = contenders
+        self._sample = sample
+        self._names_of = names_of
+        self._lock = threading.Lock()
+        self._results: OrderedDict[Contest, tuple[Race, str]] = OrderedDict()
+        self._call = Call()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """The results so far, for people."""
+        with self._lock:
+            return tuple(note for _, note in self._results.values())
+
+    def winner(self, contest: Contest) -> Extractor | None:
+        """Return the extractor that won a contest; None if there was no race yet."""
+        with self._lock:
+            found = self._results.get(contest)
+        return None if found is None else found[0].winner
+
+    def steps(self, contest: Contest, size: int) -> Iterator[None]:
+        """Run a race, and yield between its passes.
+
+        Args:
+            contest: What it is about.
+            size: The batch size at which it is run.
+
+        Raises:
+            LayertapError: The model failed, or the race was cancelled.
+        """
+        plans = self._contenders(contest, size)
+        if len(plans) < 2:
+            return
+        x = self._compute.run(partial(self._sample, plans[0], size), self._call)
+        for plan in plans:  # The first passes of a program at a batch size are slow.
+            for _ in range(plan.kind.warm_up_runs):
+                self._timed(plan, x)
+                yield
+        ratios: dict[Extractor, list[float]] = {plan.extractor: [] for plan in plans[1:]}
+        while any(_pays(each) is None for each in ratios.values()):
+            times = {}
+            # Each plan is first in every other turn.
+            turn = len(next(iter(ratios.values())))
+            for plan in plans if turn % 2 else plans[::-1]:
+                taken = []
+                for _ in range(PASSES):
+                    taken.append(self._timed(plan, x))
+                    yield
+                times[plan.extractor] = min(taken)
+            for extractor, of_turns in ratios.items():
+                of_turns.append(times[plans[0].extractor] / times[extractor])
+        race = _result(plans[0].extractor, ratios)
+        items = f"{size} item{'s' if size > 1 else ''}"
+        self._keep(contest, race, f"AUTO, {self._names_of(plans[0])}, about {items}: {race}")
+
+    def close(self) -> None:
+        """Stop the race that is running."""
+        self._call.cancel()
+
+    def _timed(self, plan: Plan, x: Batch) -> int:
+        """Return the nanoseconds of a pass, the copies of its values included."""
+
+        def take(index: int, value: torch.Tensor) -> None:
+            del index
+            value.to("cpu", copy=True)
+
+        def run() -> int:
+            own = x.clone()  # The model may write to its input.
+            begun = time.perf_counter_ns()
+            plan.built.run(own, take)
+            return time.perf_counter_ns() - begun
+
+        return self._compute.run(run, self._call)
+
+    def _keep(self, contest: Contest, race: Race, note: str) -> None:
+        with self._lock:
+            self._results[contest] = race, note
+            while len(self._results) > MAX_RACES:
+                self._results.popitem(last=False)
+
+
+def _pays(ratios: Sequence[float]) -> bool | None:
+    return other_pays(ratios, margin=MARGIN)
+
+
+def _result(first: Extractor, ratios: Mapping[Extractor, Sequence[float]]) -> Race:
+    faster = [extractor for extractor, of_turns in ratios.items() if _pays(of_turns)]
+    winner = max(faster, key=lambda each: statistics.median(ratios[each]), default=first)
+    return Race(first, winner, ratios)

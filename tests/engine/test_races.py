@@ -1,0 +1,203 @@
+"""AUTO takes the extractor that was measured to be the fastest, and its answers stay right."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import tinynets
+from asking import ask
+from kept import kept
+from layertap import Extractor, LayerSelection
+from layertap.call import Call
+from layertap.engine import Engine, HostOptions, describe
+from layertap.engine.host import ModelHost
+from layertap.engine.races import RACE_AFTER, Contest, Race
+from layertap.extraction.base import BuiltExtractor
+from layertap.extraction.kinds.registry import kind_of
+from layertap.extraction.points import Sink
+from layertap.extraction.verify import COMPILED_TOLERANCE, difference
+from layertap.models import Batch, ModelSpec
+from oracle import outputs_of
+from tinynets import ITEM
+
+PATIENCE = 60
+DELAY = 0.01
+
+
+class Slow:
+    """An extractor that takes its time."""
+
+    def __init__(self, built: BuiltExtractor) -> None:
+        self._built = built
+
+    def run(self, x: Batch, sink: Sink) -> None:
+        """See BuiltExtractor."""
+        time.sleep(DELAY)
+        self._built.run(x, sink)
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    """An engine with one compute thread."""
+    engine = Engine(threads=1, plan_cache=kept())
+    yield engine
+    engine.close()
+
+
+def load(engine: Engine, net: str = "residual", **options: Any) -> ModelHost:
+    """Load a net with a declared layer."""
+    spec = ModelSpec(f"tinynets:{net}", item_shape=ITEM)
+    return engine.load(spec, [LayerSelection("layer2")], options=HostOptions(**options))
+
+
+def slowed(host: ModelHost, extractor: Extractor) -> None:
+    """Make the plan of an extractor for ``layer2`` slow; HOOK's is built first."""
+    (key,) = host._declared_plans
+    if extractor is Extractor.HOOK:
+        plan = host._built(key._replace(extractor=extractor), lambda: None, Call())
+    else:
+        plan = host._declared_plans[key]
+    plans: Any = host._plans if extractor is Extractor.HOOK else host._declared_plans
+    plans[plan.key] = replace(plan, built=Slow(plan.built))
+
+
+def batch(size: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).random((size, *ITEM), dtype=np.float32)
+
+
+def asked(engine: Engine, size: int, times: int = 1) -> list[Extractor]:
+    """Ask AUTO for ``layer2`` with so many items; compare each answer; return who gave it."""
+    net, x = tinynets.residual(), batch(size)
+    (right,) = outputs_of(net, torch.from_numpy(x), "layer2")
+    served = []
+    for _ in range(times):
+        features = ask(engine, "residual", "layer2", x)
+        assert difference(features.torch()["layer2"], right) <= COMPILED_TOLERANCE[torch.float32]
+        served.append(features.extractor)
+    return served
+
+
+def notes(engine: Engine) -> list[str]:
+    found = describe(engine.host("residual")).notes
+    return [note for note in found if note.startswith("AUTO, layer2, ")]
+
+
+def raced(engine: Engine, count: int = 1) -> list[str]:
+    """Wait for races; return their notes."""
+    ends = time.monotonic() + PATIENCE
+    while len(notes(engine)) < count and time.monotonic() < ends:
+        time.sleep(0.01)
+    return notes(engine)
+
+
+def test_auto_leaves_a_program_that_is_slower(engine: Engine) -> None:
+    """After the race AUTO takes HOOK; whoever names the program still gets it."""
+    slowed(load(engine), Extractor.TORCHSCRIPT)
+    assert asked(engine, 1, RACE_AFTER) == [Extractor.TORCHSCRIPT] * RACE_AFTER
+    (note,) = raced(engine)
+    assert note.startswith("AUTO, layer2, about 1 item: HOOK was ")
+    assert "times as fast as TORCHSCRIPT (" in note
+    assert asked(engine, 1, 3) == [Extractor.HOOK] * 3
+    named = ask(engine, "residual", "layer2", batch(1), Extractor.TORCHSCRIPT)
+    assert named.extractor is Extractor.TORCHSCRIPT
+
+
+def test_auto_keeps_a_program_that_is_faster(engine: Engine) -> None:
+    """The description tells by how much it won."""
+    slowed(load(engine), Extractor.HOOK)
+    asked(engine, 1, RACE_AFTER)
+    (note,) = raced(engine)
+    assert note.startswith("AUTO, layer2, about 1 item: TORCHSCRIPT was ")
+    assert "times as fast as HOOK (" in note
+    assert asked(engine, 1, 3) == [Extractor.TORCHSCRIPT] * 3
+
+
+def test_each_bucket_of_batch_sizes_has_its_race(engine: Engine) -> None:
+    """The sizes 3 and 4 count together; the others keep the program meanwhile."""
+    slowed(load(engine), Extractor.TORCHSCRIPT)
+    half = RACE_AFTER // 2
+    assert set(asked(engine, 3, half) + asked(engine, 4, half)) == {Extractor.TORCHSCRIPT}
+    (note,) = raced(engine)
+    assert note.startswith("AUTO, layer2, about 4 items: HOOK was ")
+    assert set(asked(engine, 3) + asked(engine, 4)) == {Extractor.HOOK}
+    assert set(asked(engine, 1) + asked(engine, 2) + asked(engine, 5)) == {Extractor.TORCHSCRIPT}
+
+
+def test_no_answer_is_wrong_while_it_changes(engine: Engine) -> None:
+    """Eight callers see both extractors, and every answer is the net's own."""
+    slowed(load(engine), Extractor.TORCHSCRIPT)
+
+    def call(n: int) -> set[Extractor]:
+        return set(asked(engine, 1 + n % 4, 2 * RACE_AFTER))
+
+    with ThreadPoolExecutor(8) as pool:
+        served = set().union(*pool.map(call, range(8)))
+    assert len(raced(engine, 3)) == 3
+    assert served == {Extractor.TORCHSCRIPT, Extractor.HOOK}
+
+
+def test_a_race_can_be_forbidden(engine: Engine) -> None:
+    """With ``race = false`` AUTO stays with the program, however slow."""
+    host = load(engine, race=False)
+    slowed(host, Extractor.TORCHSCRIPT)
+    assert set(asked(engine, 1, 2 * RACE_AFTER)) == {Extractor.TORCHSCRIPT}
+    assert host._promoter._counts == {}
+    assert notes(engine) == []
+
+
+def test_a_model_that_is_gone_ends_its_race(engine: Engine) -> None:
+    """Closing an engine in the middle of a race neither hangs nor fails."""
+    slowed(load(engine), Extractor.TORCHSCRIPT)
+    asked(engine, 1, RACE_AFTER)
+    begun = time.monotonic()
+    engine.close()
+    assert time.monotonic() - begun < PATIENCE
+
+
+def test_programs_that_were_named_take_part(engine: Engine) -> None:
+    """Another compiler's plan races too, and wins if it is the fastest of three."""
+    host = load(engine)
+    slowed(host, Extractor.TORCHSCRIPT)
+    slowed(host, Extractor.HOOK)
+    # Its plan is there once a request has named it; here the program is TORCHSCRIPT's own.
+    (key,) = host._declared_plans
+    other = key._replace(extractor=Extractor.EXPORT)
+    slow = host._declared_plans[key]
+    host._plans[other] = replace(slow, built=slow.built._built, kind=kind_of(Extractor.EXPORT))
+    asked(engine, 1, RACE_AFTER)
+    (note,) = raced(engine)
+    assert note.startswith("AUTO, layer2, about 1 item: EXPORT was ")
+    assert "times as fast as TORCHSCRIPT (" in note
+    assert "times as fast as HOOK (" in note
+    assert asked(engine, 1, 3) == [Extractor.EXPORT] * 3
+    del host._plans[other]  # As if it had been dropped for others.
+    assert asked(engine, 1) == [Extractor.TORCHSCRIPT]
+
+
+@pytest.mark.parametrize(
+    ("size", "bucket"), [(1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (8, 8), (9, 16), (17, 32)]
+)
+def test_buckets(size: int, bucket: int) -> None:
+    """A bucket ends with a power of two."""
+    key: Any = None
+    assert Contest.of(key, size).bucket == bucket
+
+
+def test_results_in_words() -> None:
+    """The winner is told beside each of the others."""
+    ratios = {Extractor.EXPORT: (2.0, 2.0, 4.0), Extractor.HOOK: (0.5, 0.5, 0.25)}
+    kept = Race(Extractor.TORCHSCRIPT, Extractor.TORCHSCRIPT, {Extractor.HOOK: (0.5, 0.25, 0.5)})
+    assert str(kept) == "TORCHSCRIPT was 2.00 times as fast as HOOK (2.00 to 4.00 in 3 turns)"
+    changed = Race(Extractor.TORCHSCRIPT, Extractor.EXPORT, ratios)
+    assert str(changed) == (
+        "EXPORT was 2.00 times as fast as TORCHSCRIPT (2.00 to 4.00 in 3 turns) and "
+        "4.00 times as fast as HOOK (4.00 to 8.00 in 3 turns)"
+    )
