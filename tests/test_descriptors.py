@@ -105,6 +105,7 @@ def test_tritonclient_in_our_process(first: str, second: str) -> None:
     assert done.stdout == "ok\n", done.stderr
 
 
+@pytest.mark.long
 def test_a_factory_that_imports_tritonclient(tmp_path: Path) -> None:
     """A model whose code imports NVIDIA's client is served like any other."""
     (tmp_path / "tritonnet.py").write_text(FACTORY.format(path=triton_packages()))

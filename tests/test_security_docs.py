@@ -22,6 +22,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="the page makes its files by openssl")
 def test_a_newcomer_gets_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each command and the client's code run, with a free port of this machine and the photo."""

@@ -182,6 +182,7 @@ def test_serve_logs_json_only() -> None:
     assert entries[-1]["message"] == "stopped serving"
 
 
+@pytest.mark.long
 def test_everything_that_a_server_writes_is_json(monkeypatch: pytest.MonkeyPatch) -> None:
     """Output of gRPC's core and of models, warnings and uncaught exceptions become records."""
     monkeypatch.setitem(ENVIRONMENT, "GRPC_VERBOSITY", "INFO")

@@ -163,6 +163,7 @@ def test_json_is_the_same_here_and_from_a_server(engine: Engine, address: str, n
     assert "bytes_per_item" in remote
 
 
+@pytest.mark.long
 def test_json_of_a_model_here_needs_no_messages() -> None:
     """A model that is measured in this process is described without protobuf and gRPC."""
     code = (

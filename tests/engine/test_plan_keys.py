@@ -27,6 +27,7 @@ def engine() -> Iterator[Engine]:
     engine.close()
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated; the trace is the naive way.
 def test_swin_at_another_size_gets_a_plan_of_its_own(engine) -> None:
     """A trace of Swin is silently wrong at another height and width; layertap is right at both."""

@@ -115,6 +115,7 @@ def test_optimising_is_tried_as_well() -> None:
     assert "RuntimeError" in refused["last"]
 
 
+@pytest.mark.long
 def test_programs_that_may_end_the_process_run_in_another() -> None:
     """A state for a batch of one is refused; an ordinary recurrent model is served."""
     wrong = refusals(claims(loaded("proofnets:fixed_state", (12,))))

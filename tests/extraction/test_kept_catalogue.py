@@ -50,6 +50,9 @@ KEPT = {
 }
 """Awkward models whose catalogue is kept, and the shape of their items."""
 
+QUICKLY_KEPT = {"tinynets:residual", "tinynets:tokens", "guardnets:sign", "severalnets:optional"}
+"""Those that every run of the tests loads."""
+
 
 @dataclass
 class Loaded:
@@ -128,7 +131,10 @@ def started(first: Path, tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("source", KEPT)
+@pytest.mark.parametrize(
+    "source",
+    [each if each in QUICKLY_KEPT else pytest.param(each, marks=pytest.mark.long) for each in KEPT],
+)
 def test_a_kept_catalogue_is_the_measured_one(load, tmp_path, source) -> None:
     """At the first start, which measures, and at the second, a model has one catalogue."""
     first, second = (load(tmp_path, source, KEPT[source]) for _ in range(2))
@@ -136,7 +142,18 @@ def test_a_kept_catalogue_is_the_measured_one(load, tmp_path, source) -> None:
     assert facts(first.host) == facts(second.host)
 
 
-@pytest.mark.parametrize("extractor", [Extractor.AUTO, *QUICK])
+@pytest.mark.parametrize(
+    "extractor",
+    [
+        Extractor.AUTO,
+        Extractor.TORCHSCRIPT,
+        *(
+            pytest.param(each, marks=pytest.mark.long)
+            for each in QUICK
+            if each is not Extractor.TORCHSCRIPT
+        ),
+    ],
+)
 def test_answers_are_the_same(load, tmp_path, extractor) -> None:
     """Every layer that an extractor serves has the same bits with a kept catalogue."""
     loads = [load(tmp_path, "tinynets:residual", ITEM) for _ in range(2)]

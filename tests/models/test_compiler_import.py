@@ -22,6 +22,7 @@ def test_a_server_starts_without_the_compiler() -> None:
     assert run(f"{START}; {print_them}") == "[]"
 
 
+@pytest.mark.long
 def test_the_compiler_can_be_imported_afterwards() -> None:
     """Its own module has the name again, and torch.compile works as if nothing had been."""
     code = """

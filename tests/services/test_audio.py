@@ -343,6 +343,7 @@ def test_the_example_of_the_docs_runs(
     exec(code.replace("127.0.0.1:8001", address), {"waveform": tone(900)})  # noqa: S102 - ours
 
 
+@pytest.mark.long
 def test_in_process_and_on_the_command_line(folder: Path, tmp_path: Path) -> None:
     """`layertap.load` takes Audio, and `layertap extract` takes files by --audio."""
     path = tmp_path / "a.wav"
