@@ -149,6 +149,7 @@ def test_the_streaming_examples_run(
     assert set(names["outcomes"]["b"]) == {"avgpool", "fc"}
 
 
+@pytest.mark.long
 def test_layers_are_listed_as_shown() -> None:
     """The command that lists layers works."""
     listed = layertap(*command("layers"), fresh=False)

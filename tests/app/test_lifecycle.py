@@ -75,6 +75,7 @@ def test_serves_then_drains_on_sigterm() -> None:
         assert not any("Traceback" in line for line in server.lines)
 
 
+@pytest.mark.long
 def test_an_endless_grace_is_one() -> None:
     """``--grace inf`` waits for the admitted calls, and then ends as with any other value."""
     with (

@@ -56,7 +56,7 @@ def outcome(report: admin.ReloadResponse) -> list[tuple[str, str, bool]]:
 @pytest.mark.parametrize(
     ("trigger", "source", "mode"),
     [
-        ("signal", "script", "latency"),
+        pytest.param("signal", "script", "latency", marks=pytest.mark.long),
         pytest.param("call", "factory", "latency", marks=pytest.mark.long),
         pytest.param("signal", "factory", "throughput", marks=pytest.mark.long),
         ("call", "script", "throughput"),

@@ -326,6 +326,7 @@ def test_spans_reach_a_collector() -> None:
     assert names == {EXTRACT, "prepare", "queue", "compute"}
 
 
+@pytest.mark.long
 def test_a_collector_that_is_gone_holds_nothing_up() -> None:
     """Without a collector calls are answered, and the server stops with code 0."""
     with (

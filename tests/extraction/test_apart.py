@@ -151,6 +151,7 @@ class Returns(nn.Conv2d):
         return (super().forward(x),)
 
 
+@pytest.mark.long
 def test_a_child_that_raises_is_reported() -> None:
     """The last line of its error is passed on."""
     program = frozen(Returns(3, 4, 1), torch.rand(1, 3, 4, 4))

@@ -34,6 +34,7 @@ def test_importing_layertap_imports_neither_torch_nor_grpc() -> None:
     assert run(f"import sys, layertap; print({heavy} & set(sys.modules))") == "set()\n"
 
 
+@pytest.mark.long
 def test_a_model_in_this_process_needs_no_messages() -> None:
     """Tensors, images, the catalogue, `layers` and `extract` need no gRPC and no generated code."""
     code = """

@@ -186,7 +186,7 @@ def test_the_deadline_is_the_callers() -> None:
         method(b"", timeout=60)
         method(b"")
     assert left[0] is not None
-    assert 0 < left[0] <= 60
+    assert 0 < left[0] < 61  # gRPC rounds it up.
     assert left[1] is None
 
 
