@@ -165,6 +165,7 @@ def test_other_generators_are_refused(tree: Path) -> None:
     assert "the generator is grpcio-tools" in result.stdout
 
 
+@pytest.mark.long
 def test_unmapped_error_is_named(tree: Path) -> None:
     """An error class without a status fails ``make check``, which names it."""
     planted = tree / "server" / "layertap" / "errors.py"

@@ -257,6 +257,7 @@ def test_wait_ready_waits_for_a_server_that_restarts(engine) -> None:
             new.stop(0)
 
 
+@pytest.mark.long
 def test_a_server_that_was_away_is_found_soon(engine) -> None:
     """After an outage, calls succeed within about a second, and ``wait_ready`` is right."""
     server = FeatureServer(engine, ServerOptions(port=0))

@@ -137,7 +137,9 @@ def in_process(items: str, output: str, begun: Any) -> None:
         run(model, items, output)
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize(
+    "suffix", [FORMATS[0], *(pytest.param(each, marks=pytest.mark.long) for each in FORMATS[1:])]
+)
 def test_killed_runs_continue(model: LocalModel, items: str, tmp_path: Path, suffix: str) -> None:
     """After kill -9 at random moments, the objects have the same bytes as without it."""
     store, disk = tmp_path / "store", tmp_path / "disk"

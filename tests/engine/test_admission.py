@@ -147,6 +147,7 @@ def test_received_bytes_count_as_replies_do(engine) -> None:
         received.take(1)
 
 
+@pytest.mark.long
 def test_what_images_are_decoded_to_counts() -> None:
     """The files, their pixels and the batch count; above the limit all of it is given back."""
     with closing(Engine(Limits(pending_bytes=1 << 20), plan_cache=kept())) as engine:

@@ -26,7 +26,7 @@ from tinynets import ITEM
 PATIENCE = 60
 
 
-@pytest.fixture(params=[1, 2])
+@pytest.fixture(params=[1, pytest.param(2, marks=pytest.mark.long)])
 def engine(request) -> Iterator[Engine]:
     """An engine with room for few plans, so that promoted ones are evicted and built again."""
     engine = Engine(Limits(plans=3), threads=1, instances=request.param, plan_cache=kept())

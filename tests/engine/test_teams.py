@@ -53,6 +53,7 @@ def found() -> dict[str, list]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.long
 def test_the_team_exists_before_the_first_large_tensor(found) -> None:
     """A compute thread's first parallel operation starts no thread."""
     before, after = found["team"]

@@ -68,6 +68,7 @@ def test_every_answer_is_right_or_refused(name: str, found: dict[str, Row]) -> N
     assert row.answers or row.unloadable or name in NOT_COMPARED
 
 
+@pytest.mark.long
 def test_a_real_server_answers_as_the_engine_does() -> None:
     """Awkward models behind one real server are answered rightly over gRPC, one after the other."""
     names = ("BatchPeak", "NestedTuples", "OverwritesOutputs", "LstmBatchSecond", "OddStrides")
