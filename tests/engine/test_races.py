@@ -113,7 +113,7 @@ def raced(engine: Engine, count: int = 1) -> list[str]:
 
 
 def test_auto_leaves_a_program_that_is_slower(engine: Engine) -> None:
-    """After the race AUTO takes HOOK; whoever names the program still gets it."""
+    """After the race AUTO takes HOOK. A request that names TORCHSCRIPT still gets it."""
     slowed(load(engine), Extractor.TORCHSCRIPT)
     assert asked(engine, 1, RACE_AFTER) == [Extractor.TORCHSCRIPT] * RACE_AFTER
     (note,) = raced(engine)
@@ -215,5 +215,5 @@ def test_results_in_words() -> None:
     changed = Race(Extractor.TORCHSCRIPT, Extractor.EXPORT, ratios)
     assert str(changed) == (
         "EXPORT was 2.00 times as fast as TORCHSCRIPT (2.00 to 4.00 in 3 turns) and "
-        "4.00 times as fast as HOOK (4.00 to 8.00 in 3 turns)"
+        "4.00 times as fast as HOOK (4.00 to 16.00 in 3 turns)"
     )

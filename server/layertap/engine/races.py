@@ -82,19 +82,14 @@ class Race:
 
     def __str__(self) -> str:
         """Return the result in words."""
-        times = {self.first: [1.0], **self.ratios}
-        mine = statistics.median(times[self.winner])
-        beside = []
-        for extractor, ratios in self.ratios.items():
-            if self.winner is self.first:
-                other, factors = extractor, [1 / ratio for ratio in ratios]
-            elif extractor is self.winner:
-                other, factors = self.first, list(ratios)
-            else:
-                other, factors = extractor, [mine / ratio for ratio in ratios]
+        turns = len(next(iter(self.ratios.values())))
+        rates = {self.first: [1.0] * turns, **self.ratios}
+        own, beside = rates.pop(self.winner), []
+        for other, theirs in rates.items():
+            factors = [mine / its for mine, its in zip(own, theirs, strict=True)]
             beside.append(
                 f"{statistics.median(factors):.2f} times as fast as {other.name} "
-                f"({min(factors):.2f} to {max(factors):.2f} in {len(factors)} turns)"
+                f"({min(factors):.2f} to {max(factors):.2f} in {turns} turns)"
             )
         return f"{self.winner.name} was {' and '.join(beside)}"
 
