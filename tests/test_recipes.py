@@ -27,6 +27,8 @@ TEXT = (ROOT / "docs" / "recipes.md").read_text("utf-8")
 PICTURE = ROOT / "docs" / "recipes_patchcore.png"
 WRITE = "LAYERTAP_WRITE_PICTURES"
 """Set to 1 to write the page's picture again."""
+SMALL: dict[str, Any] = {"item_shape": (3, 64, 64), "image_resize": (256,), "image_crop": (224,)}
+"""Measures a model at a small size and gives it photos of the usual size."""
 
 
 def blocks(recipe: str) -> list[tuple[str, str]]:
@@ -42,7 +44,8 @@ def blocks(recipe: str) -> list[tuple[str, str]]:
 def random_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An empty current folder, and random weights for all models, as none can be downloaded.
 
-    Each model is loaded once for a test.
+    Each model is loaded once for a test, and measured at a small size, as that takes most of the
+    time. Photos keep the size that the model's preprocessing gives them.
     """
     monkeypatch.chdir(tmp_path)
     models: dict[str, LocalModel] = {}
@@ -50,7 +53,7 @@ def random_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
     def once(source: str) -> AbstractContextManager[LocalModel]:
         if source not in models:
-            models[source] = load(source, weights="random", device="cpu")
+            models[source] = load(source, weights="random", device="cpu", **SMALL)
         return nullcontext(models[source])
 
     monkeypatch.setattr(layertap, "load", once)
@@ -73,7 +76,10 @@ def run(recipe: str, failed: int = 0) -> dict[str, Any]:
             continue
         assert language == "sh"
         _, *arguments = shlex.split(code.replace("\\\n", " "))
-        done = CliRunner().invoke(main, [*arguments, "--weights", "random", "--device", "cpu"])
+        for name, value in {"weights": "random", "device": "cpu", **SMALL}.items():
+            sizes = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            arguments += [f"--{name.replace('_', '-')}", sizes]
+        done = CliRunner().invoke(main, arguments)
         assert done.exit_code == (3 if failed else 0), done.output
         assert f"{failed} of" in done.output or not failed
     return names
