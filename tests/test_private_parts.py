@@ -32,6 +32,7 @@ ATTRIBUTES = {
     *("_functorch", "_aoti", "_C"),  # torch
     *("_embedding_bag", "_embedding_bag_forward_only", "_nested_tensor_from_mask_left_aligned"),
     *("_jit_pass_dce", "_create_function_from_graph", "_mkl_reorder_linear_weight"),
+    *("_jit_pass_dce_graph", "_recursive"),  # watched by extraction/test_kept_programs.py
     *("_c", "_method_names", "_get_method", "_type"),  # torch.jit.ScriptModule
     *("_version", "_cdata", "_metadata"),  # tensors, storages and state dicts
     "_saved_input",  # the nodes of autograd's graph

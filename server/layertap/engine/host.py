@@ -249,16 +249,21 @@ class ModelHost:
             raise InvalidInputError("layers: got a declared layer with a projection, expected none")
         self.declared = list(selections)
         sets = [tuple(selections), *((selection,) for selection in selections)]
-        for chosen in dict.fromkeys(filter(None, sets)):
-            resolved = self.resolve(chosen, Extractor.AUTO)
-            self._log_uncompiled(resolved)
-            for batch_key in self._declared_keys(resolved):
-                for plan in self._build_best(resolved, batch_key, call or Call()):
-                    self._warm_batches(plan)
-                    recorded = self._record(plan)
-                    self.sharing.decide(recorded, call or Call())
-                    with self._lock:
-                        self._declared_plans[plan.key] = recorded
+        with self._builder.kept.sharing():  # All together come first, as the others are parts.
+            for chosen in dict.fromkeys(filter(None, sets)):
+                self._declare(chosen, call or Call())
+
+    def _declare(self, selections: tuple[LayerSelection, ...], call: Call) -> None:
+        """Build and keep the plans of one set of declared layers."""
+        resolved = self.resolve(selections, Extractor.AUTO)
+        self._log_uncompiled(resolved)
+        for batch_key in self._declared_keys(resolved):
+            for plan in self._build_best(resolved, batch_key, call):
+                self._warm_batches(plan)
+                recorded = self._record(plan)
+                self.sharing.decide(recorded, call)
+                with self._lock:
+                    self._declared_plans[plan.key] = recorded
 
     def plan(self, resolved: Resolved, x: Batch, call: Call) -> Plan:
         """Return the plan that serves a request's batch.

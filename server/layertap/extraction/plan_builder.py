@@ -29,7 +29,7 @@ import logging
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -46,6 +46,7 @@ from layertap.extraction.edit_plan import EditPlanner
 from layertap.extraction.gate import no_forward_pass
 from layertap.extraction.gradient_plan import GradientPlanner
 from layertap.extraction.guards import Look, Outcome, Tape, in_words, is_subsequence
+from layertap.extraction.kept_programs import KeptPrograms
 from layertap.extraction.kinds.base import (
     BuildContext,
     CompiledKind,
@@ -60,7 +61,7 @@ from layertap.extraction.own_words import compiler_words, own_words
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.pause import Pause, run_to_end, wait
 from layertap.extraction.plan import Findings, Plan, PlanKey, quoted
-from layertap.extraction.plan_cache import PlanCache, PlanFile, fingerprint, plan_digest
+from layertap.extraction.plan_cache import PlanCache, PlanFile
 from layertap.extraction.points import CapturePoint, ValueSpec
 from layertap.extraction.predicted import placed, predicted_plan, unmeasured_plan
 from layertap.extraction.proof import prove
@@ -168,6 +169,7 @@ class PlanBuilder:
     Attributes:
         prover: Compares plans with the model, during building and later.
         outcomes: Finds the outcomes of batches.
+        kept: Finds programs that need not be recorded.
     """
 
     def __init__(
@@ -182,7 +184,6 @@ class PlanBuilder:
         facts: str = "",
     ) -> None:
         self._facts = facts
-        self._known_fingerprint = known_fingerprint
         self._model = model
         self._taps = taps
         self._catalogue = catalogue
@@ -190,7 +191,7 @@ class PlanBuilder:
         # threads to end, and those may be waiting for this scope.
         self._scope = catalogue.scope
         self._context = BuildContext(model, taps, catalogue.scope, catalogue.graph)
-        self._cache = cache
+        self.kept = KeptPrograms(model, cache, known_fingerprint)
         measured, its_taps = proving or (model, taps)
         measuring = replace(self._context, model=measured, taps=its_taps)
         self.outcomes = Outcomes(measuring, catalogue.looks.looked)
@@ -318,17 +319,19 @@ class PlanBuilder:
         """
         x = ordinary_batch(self._model, 1, key.batch_key)
         points = key.pass_spec.points
-        stored = self._stored(kind, key.pass_spec, x.key)
+        stored = self.kept.file(kind, key.pass_spec, x.key)
         if not stored or not self._facts or key.batch_key != self._model.signature.key:
             return None
-        program = stored.load(kind, self._model)
+        program = self.kept.load(kind, key.pass_spec, x.key, stored)
         sizes = stored.proven_sizes(self._facts) if program is not None else []
         if program is None or not sizes or not kind.kept_proof_holds(program):
             return None
         yield None
         try:
-            proof = _Proof(kind, key.pass_spec, [(x, self.prover.truth(key.pass_spec, x))])
-            built = yield from self._warm(kind, program, proof, apart=False)
+            known = self.kept.reference(kind, key.pass_spec, x)
+            case = known or (x, self.prover.truth(key.pass_spec, x))
+            proof = _Proof(kind, key.pass_spec, [case])
+            built = yield from self._warm(kind, program, proof, stored, apart=False)
         except (ExtractorUnsupportedError, InvalidInputError) as error:
             _log.warning("model %s: a kept proof no longer holds: %s", self._model.name, error)
             stored.forget()
@@ -372,21 +375,23 @@ class PlanBuilder:
         self, kind: CompiledKind[Any], proof: _Proof, *, keep: bool
     ) -> Generator[Pause | None, None, BuiltExtractor]:
         """Return a compiled, proven and warm extractor: the stored one, or else a new one."""
-        stored = (
-            self._stored(kind, proof.pass_spec, proof.example.key, proof.outcome) if keep else None
-        )
-        program = stored.load(kind, self._model) if stored else None
-        if stored and program is not None:
+        stored = program = None
+        if keep:
+            what = (kind, proof.pass_spec, proof.example.key)
+            stored = self.kept.file(*what, proof.outcome)
+            program = self.kept.load(*what, stored)
+        if program is not None:
             portable = not proof.outcome and self._is_portable(kind, program)
             try:
-                built = yield from self._warm(kind, program, proof)
+                built = yield from self._warm(kind, program, proof, stored)
                 if portable:
                     self._offer(kind, program, built, proof)
                 self._keep_proof(stored, proof)
                 return built
             except ExtractorUnsupportedError:
                 _log.warning("model %s: a stored plan no longer fits it", self._model.name)
-                stored.forget()
+                if stored:
+                    stored.forget()
         adopted = yield from self._adopted(kind, proof)
         if adopted is not None:
             return adopted
@@ -411,17 +416,22 @@ class PlanBuilder:
             raise self._refusal(kind, proof.pass_spec, reason) from error
         portable = (general or not proof.outcome) and self._is_portable(kind, program)
         with stored.storing(kind, program) if stored else nullcontext():
-            built = yield from self._warm(kind, program, proof)
+            built = yield from self._warm(kind, program, proof, stored)
         if portable:
             self._offer(kind, program, built, proof)
-        if stored:
-            self._keep_proof(stored, proof)
+        self._keep_proof(stored, proof)
         if general:
             self._general[PlanKey(kind.id, proof.pass_spec, proof.example.key)] = built
         return built
 
     def _warm(
-        self, kind: CompiledKind[Any], program: Any, proof: _Proof, *, apart: bool = True
+        self,
+        kind: CompiledKind[Any],
+        program: Any,
+        proof: _Proof,
+        stored: PlanFile | None,
+        *,
+        apart: bool = True,
     ) -> Generator[Pause | None, None, BuiltExtractor]:
         """Finish, prove and warm a program. Any exception means that this plan can't be built.
 
@@ -429,17 +439,24 @@ class PlanBuilder:
             kind: The kind that compiled it.
             program: The program.
             proof: What it is compared with.
+            stored: Its file; None if it is not stored.
             apart: Whether a program that could end the process runs in a child process first.
         """
         try:
             if apart and kind.may_end_the_process(program):
                 yield from self._tried_apart(kind, program, proof)
+            spare = None if proof.outcome else self.kept.spare(kind, proof.pass_spec, program)
             built = kind.finish(program, proof.example)
             yield None
             yield from proof.steps(built)
-            for _ in range(kind.warm_up_runs):
+            # Comparing has run it as well; after other sizes it may be slow again at this one.
+            ran = (
+                len(proof.cases) if {x.size for x, _ in proof.cases} == {proof.example.size} else 0
+            )
+            for _ in range(kind.warm_up_runs - ran):
                 built.run(proof.example.clone(), lambda index, value: None)
                 yield None
+            self.kept.offer(kind, proof.pass_spec, spare, stored, proof.cases[0])
         except (LayertapError, GeneratorExit):
             raise
         except Exception as error:
@@ -525,25 +542,9 @@ class PlanBuilder:
                 reason = f"at batch size {x.size} {fault}"
                 raise self._refusal(proof.kind, proof.pass_spec, reason)
 
-    def _keep_proof(self, stored: PlanFile, proof: _Proof) -> None:
-        if self._facts and not proof.outcome:
+    def _keep_proof(self, stored: PlanFile | None, proof: _Proof) -> None:
+        if stored and self._facts and not proof.outcome:
             stored.keep_proof(self._facts, (x.size for x, _ in proof.cases))
-
-    def _stored(
-        self,
-        kind: CompiledKind[Any],
-        pass_spec: PassSpec,
-        batch_key: BatchKey,
-        outcome: Outcome = (),
-    ) -> PlanFile | None:
-        if self._cache is None:
-            return None
-        digest = plan_digest(self._fingerprint, kind, pass_spec, batch_key, outcome)
-        return self._cache.file(digest)
-
-    @cached_property
-    def _fingerprint(self) -> str:
-        return self._known_fingerprint or fingerprint(self._model)
 
     def construct(
         self, extractor: Extractor, pass_spec: PassSpec, example: Batch

@@ -26,7 +26,7 @@ import os
 import stat
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -219,6 +219,17 @@ class PlanFile:
             written.replace(self._proof)
         except (OSError, ConfigError) as error:
             _log.warning("proof not kept: %s", error)
+
+    def is_part(self, other: PlanFile, indexes: Sequence[int]) -> None:
+        """Record that the program is part of another file's, which was just read or written.
+
+        It has no file of its own then, but may have a proof.
+
+        Args:
+            other: The other file.
+            indexes: Which values of the other program it returns.
+        """
+        self._digest = f"{other._digest}:{list(indexes)}"
 
     def load(self, kind: CompiledKind[Any], model: LoadedModel) -> Any:
         """Return the stored program of a kind; None if there is none or it can't be read."""

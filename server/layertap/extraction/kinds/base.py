@@ -374,6 +374,19 @@ class CompiledKind(ExtractorKind, Generic[P]):
                 only.
         """
 
+    def part(self, program: P, indexes: Sequence[int]) -> P | None:
+        """Return an unfinished program that returns some values of another one only.
+
+        Args:
+            program: An unfinished program that returns one value for each point. It is not changed.
+            indexes: Which values to return, in that order.
+
+        Returns:
+            The program, or None if this kind can't make one.
+        """
+        del program, indexes
+        return None
+
     @abstractmethod
     def save(self, program: P) -> bytes | memoryview:
         """Return an unfinished program as the bytes of a file.

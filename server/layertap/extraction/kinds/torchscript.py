@@ -34,6 +34,7 @@ from layertap.extraction.kinds.base import BuildContext, CompiledKind, Take, clo
 from layertap.extraction.packed_linears import pack_linears
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.points import CapturePoint, Sink
+from layertap.extraction.script_parts import part_of
 from layertap.extraction.taps import Taps
 from layertap.models import Batch, LoadedModel
 from layertap.selection import Capture, Extractor
@@ -183,6 +184,13 @@ class TorchScriptKind(CompiledKind[torch.jit.ScriptModule]):
     ) -> BuiltExtractor:
         """See CompiledKind."""
         return TorchScriptExtractor(program, typical)
+
+    def part(
+        self, program: torch.jit.ScriptModule, indexes: Sequence[int]
+    ) -> torch.jit.ScriptModule:
+        """See CompiledKind."""
+        with _deprecated():
+            return part_of(program, indexes)
 
     def save(self, program: torch.jit.ScriptModule) -> memoryview:
         """See CompiledKind.
