@@ -11,6 +11,7 @@ import click
 
 from layertap.cli.connection import connection_options
 from layertap.cli.flags import setting_flags
+from layertap.cli.importing import without_collecting
 from layertap.settings import ModelSpec, ServerOptions, definitions
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ def local_model(model: str, flags: Mapping[str, Any]) -> LocalModel:
     Raises:
         ConfigError, ModelLoadError: See ``layertap.load``.
     """
-    from layertap.local import load
+    with without_collecting():
+        from layertap.local import load
 
     find_local_modules()
     given = {key: value for key, value in flags.items() if value is not None}

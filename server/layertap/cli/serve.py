@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from layertap.cli.flags import setting_flags
+from layertap.cli.importing import without_collecting
 from layertap.cli.options import find_local_modules
 from layertap.errors import LayertapError
 from layertap.settings import ServedModel, ServerOptions, definitions
@@ -93,7 +94,8 @@ def serve(models: tuple[str, ...], config_file: str | None, **flags: Any) -> Non
         narrator.say(str(error), logging.ERROR)
         raise SystemExit(1) from None
 
-    from layertap.app import lifecycle
+    with without_collecting():
+        from layertap.app import lifecycle
 
     path = Path(config_file) if config_file else None
     raise SystemExit(lifecycle.run_server(config, narrator, read, path))
