@@ -390,6 +390,22 @@ The values were compared first. {threads} threads. Machine: {facts}.
 {table}
 """
 
+PACKAGES = """
+## Does EXPORT keep other threads waiting, and how soon does it answer after a restart?
+
+[bench_packages.py](bench_packages.py): {batch} items of resnet50 up to `avgpool` in this process,
+while another thread sleeps a millisecond at a time. How late it woke, in milliseconds, tells for
+how long it got no turn, because of the GIL or because the cores were busy. Median (quartiles) of
+{rounds} passes in turns; the values were compared first. Machine: {facts}.
+
+{table}
+
+Restarted {restarts} times, with the package in the plan cache and no compiler on the `PATH`;
+seconds, median (quartiles):
+
+{restarted}
+"""
+
 MEMORY = """
 ## Does a server's memory level off?
 
@@ -944,6 +960,31 @@ def _races(results: dict[str, Any], folder: Path) -> str:
     )
 
 
+def _packages(results: dict[str, Any], folder: Path) -> str:
+    table = [
+        [
+            name if name in ("no pass", "torch's own loader") else name.upper(),
+            _quartiles(row["pass_ms"]),
+            f"{row['latest_of_a_pass_ms']:.1f}",
+            f"{row['latest_ms']:.1f}",
+            _quartiles(row["late_ms"]),
+        ]
+        for name, row in results["stalls"].items()
+    ]
+    return PACKAGES.format(
+        batch=results["batch"],
+        rounds=results["rounds"],
+        restarts=results["restarts"],
+        facts=_facts(results["machine"]),
+        table=_table(
+            ["", "a pass", "latest, median of the passes", "latest of all", "all sleeps"], table
+        ),
+        restarted=_table(
+            ["", "s"], [[step, _quartiles(row)] for step, row in results["seconds"].items()]
+        ),
+    )
+
+
 def _images(results: dict[str, Any], folder: Path) -> str:
     parts = {"decode a JPEG, 512 × 600": results["decoders"], **results["ways"]}
     parts[f"{results['count']} of them"] = results["batch"]
@@ -1083,6 +1124,7 @@ SECTIONS: dict[str, Section] = {
     "matrix": _matrix,
     "matrix_tf32": _matrix_tf32,
     "races": _races,
+    "packages": _packages,
     "graphs": _graphs,
     "server": _server,
     "peers": _peers,
