@@ -328,9 +328,8 @@ def measure(
     right: dict[str, Path],
     rounds: int,
     seconds: float,
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """Time all peers in turns, row by row."""
-    rows = []
     for case in wanted:
         times: dict[str, list[float]] = {}
         rates: dict[str, list[float]] = {}
@@ -345,14 +344,14 @@ def measure(
                 times.setdefault(name, []).extend(answered.times)
                 rates.setdefault(name, []).append(len(answered.times) / max(answered.ends))
         layer, sent = case.kind.split("-")
-        rows.append({
+        row = {
             "layer": layer, "sent": sent, "batch": case.batch, "callers": case.callers,
             "reply bytes": np.load(right[f"{case.kind}-{case.batch}"], mmap_mode="r").nbytes,
             "ms": {name: common.quantiles(values) for name, values in times.items()},
             "rates": {name: _quartiles(values) for name, values in rates.items()},
-        })  # fmt: skip
-        print(json.dumps(rows[-1]), flush=True)
-    return rows
+        }  # fmt: skip
+        print(json.dumps(row), flush=True)
+        yield row
 
 
 def _quartiles(values: Sequence[float]) -> dict[str, float]:
@@ -365,8 +364,8 @@ def _quartiles(values: Sequence[float]) -> dict[str, float]:
 
 def run(
     peers: Sequence[Peer], wanted: Sequence[Case], options: argparse.Namespace
-) -> dict[str, Any]:
-    """Serve, verify and time; return the results."""
+) -> Iterator[dict[str, Any]]:
+    """Serve, verify and time; yield the results after each row."""
     excluded: dict[str, str] = {}
     differences: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="peers-") as name, ExitStack() as closing:
@@ -387,20 +386,44 @@ def run(
             callers[peer.name] = mine
             print(f"{peer.name}: values differ by at most {differences[peer.name]:.1e}", flush=True)
         idle = idle_cores(servers, options.seconds * 2)
-        rows = measure(callers, wanted, right, options.rounds, options.seconds)
-    return {
-        "machine": common.machine("torch", "torchvision"),
-        "threads": options.threads,
-        "batching": options.batching,
-        "processes": len(common.cores()),
-        "rounds": options.rounds,
-        "seconds": options.seconds,
-        "versions": {peer.name: versions(peer) for peer in peers if peer.name in callers},
-        "largest difference": differences,
-        "idle cores": idle,
-        "left out": excluded,
-        "rows": rows,
-    }
+        results: dict[str, Any] = {
+            "machine": common.machine("torch", "torchvision"),
+            "threads": options.threads,
+            "batching": options.batching,
+            "processes": len(common.cores()),
+            "seconds": options.seconds,
+            "versions": {peer.name: versions(peer) for peer in peers if peer.name in callers},
+            "largest difference": differences,
+            "idle cores": idle,
+            "left out": excluded,
+            "rows": [],
+        }
+        for row in measure(callers, wanted, right, options.rounds, options.seconds):
+            results["rows"].append({**row, "rounds": options.rounds})
+            yield results
+
+
+def merged(results: dict[str, Any], earlier: dict[str, Any] | None) -> dict[str, Any]:
+    """Return results with the rows of an earlier run for other cases.
+
+    Raises:
+        SystemExit: If the earlier run was of other servers, or on another machine.
+    """
+    if earlier is None:
+        return results
+    for key in ("threads", "batching", "processes", "seconds", "versions", "left out"):
+        if results[key] != earlier[key]:
+            raise SystemExit(f"{key}: got {results[key]}, the earlier rows are of {earlier[key]}")
+    if results["machine"]["cpu"] != earlier["machine"]["cpu"]:
+        raise SystemExit("the earlier rows are of another processor")
+    rows = {_case(row): row for row in (*earlier["rows"], *results["rows"])}
+    kinds = list(dict.fromkeys(case.kind for case in cases([1], [1])))
+    ordered = sorted(rows, key=lambda each: (kinds.index(each[0]), *each[1:]))
+    return {**results, "rows": [rows[each] for each in ordered]}
+
+
+def _case(row: dict[str, Any]) -> tuple[str, int, int]:
+    return f"{row['layer']}-{row['sent']}", row["batch"], row["callers"]
 
 
 def main() -> None:
@@ -412,6 +435,10 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 128])
     parser.add_argument("--callers", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--peers", nargs="+", default=[peer.name for peer in PEERS])
+    parser.add_argument("--kinds", nargs="+", help="such as avgpool-image; all if not given")
+    parser.add_argument(
+        "--keep", action="store_true", help="keep the earlier results' rows of other cases"
+    )
     parser.add_argument("--batching", choices=["auto", "on", "off"], default="auto")
     parser.add_argument("--results", type=Path, default=common.RESULTS)
     parser.add_argument("--quick", action="store_true", help="a dry run: figures mean nothing")
@@ -419,8 +446,16 @@ def main() -> None:
     if options.quick:
         options.rounds, options.seconds, options.batches = 1, 0.1, [1, 2]
     peers = [peer for peer in PEERS if peer.name in options.peers]
-    results = run(peers, cases(options.batches, options.callers), options)
-    common.save("peers", results, options.results)
+    wanted = [
+        case
+        for case in cases(options.batches, options.callers)
+        if options.kinds is None or case.kind in options.kinds
+    ]
+    earlier = common.load("peers", options.results) if options.keep else None
+    results: dict[str, Any] = {"largest difference": {}}
+    for results in run(peers, wanted, options):
+        # A run that is cut off keeps its rows.
+        common.save("peers", merged(results, earlier), options.results)
     if "layertap" in results["largest difference"]:
         report.write(options.results)
     else:

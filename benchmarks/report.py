@@ -590,7 +590,7 @@ def _peers(results: dict[str, Any], folder: Path) -> str:
     return PEERS.format(
         threads=results["threads"],
         batching=results["batching"],
-        rounds=results["rounds"],
+        rounds=_range([row["rounds"] for row in results["rows"]]),
         seconds=results["seconds"],
         processes=results["processes"],
         difference=max(results["largest difference"].values()),
@@ -605,6 +605,11 @@ def _peers(results: dict[str, Any], folder: Path) -> str:
             for name, cores in results["idle cores"].items()
         ),
     )
+
+
+def _range(numbers: Sequence[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low} to {high}"
 
 
 def _peer_title(row: dict[str, Any]) -> str:

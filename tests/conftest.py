@@ -55,9 +55,13 @@ LONGEST = (
 
 
 def pytest_collection_finish() -> None:
-    """Spare the garbage collector what is imported by now, which takes it a third of a second."""
+    """Let the garbage collector skip what is imported by now, and look at the rest less often.
+
+    Each full collection took a third of a second before, and all of them still 5 % of all tests.
+    """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(5_000, 20, 20)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import select
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -42,11 +43,17 @@ def wait_for(address: str, path: str, seconds: float = 600) -> None:
 def post(address: str) -> Iterator[Send]:
     """Yield what sends a body and returns that of the response."""
     connection = http.client.HTTPConnection(address, timeout=120)
-    connection.connect()
-    # Without it, the kernel waits for more to send with a small request's last part.
-    connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def connect() -> None:
+        connection.close()
+        connection.connect()
+        # Without it, the kernel waits for more to send with a small request's last part.
+        connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def send(path: str, body: bytes) -> bytes:
+        # uvicorn closes a connection on which nothing came for five seconds.
+        if connection.sock is None or select.select([connection.sock], [], [], 0)[0]:
+            connect()
         connection.request("POST", path, body, {"Content-Type": "application/octet-stream"})
         response = connection.getresponse()
         data = response.read()
@@ -54,6 +61,7 @@ def post(address: str) -> Iterator[Send]:
             raise SystemExit(f"{address}{path}: {response.status} {data[:200]!r}")
         return data
 
+    connect()
     try:
         yield send
     finally:
