@@ -7,6 +7,7 @@ outputs that are plain tensors, to show how what it does not take is refused.
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -98,9 +99,9 @@ class TorchExportKind(CompiledKind[torch.export.ExportedProgram]):
         torch.export.save(program, buffer)
         return buffer.getbuffer()
 
-    def load(self, data: bytes, model: LoadedModel) -> torch.export.ExportedProgram:
+    def load(self, path: Path, model: LoadedModel) -> torch.export.ExportedProgram:
         """See CompiledKind."""
-        return torch.export.load(io.BytesIO(data))
+        return torch.export.load(path)
 
 
 KIND = TorchExportKind()

@@ -323,13 +323,15 @@ class PlanBuilder:
         if not stored or not self._facts or key.batch_key != self._model.signature.key:
             return None
         program = self.kept.load(kind, key.pass_spec, x.key, stored)
-        sizes = stored.proven_sizes(self._facts) if program is not None else []
-        if program is None or not sizes or not kind.kept_proof_holds(program):
+        if program is None or not kind.kept_proof_holds(program):
             return None
         yield None
         try:
             known = self.kept.reference(kind, key.pass_spec, x)
             case = known or (x, self.prover.truth(key.pass_spec, x))
+            sizes = stored.proven_sizes(self._facts)  # Last: meanwhile the file is digested.
+            if not sizes:
+                return None
             proof = _Proof(kind, key.pass_spec, [case])
             built = yield from self._warm(kind, program, proof, stored, apart=False)
         except (ExtractorUnsupportedError, InvalidInputError) as error:

@@ -25,9 +25,11 @@ import logging
 import os
 import stat
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ from layertap.extraction.guards import Outcome
 from layertap.extraction.kinds.base import CompiledKind
 from layertap.extraction.pass_spec import PassSpec
 from layertap.models import BatchKey, LoadedModel
+from layertap.threads import is_thread_refused
 
 __all__ = ["PlanCache", "PlanFile", "fingerprint", "plan_digest", "remove"]
 
@@ -185,7 +188,7 @@ class PlanFile:
         self._cache = cache
         self._path = path
         self._proof = path.with_name(path.name.removesuffix(SUFFIX) + PROOF_SUFFIX)
-        self._digest = ""  # Of the file's content, as it was last read or written.
+        self._digest: _Digest | str = ""  # Of the file's content, as it was last read or written.
 
     def proven_sizes(self, facts: str) -> list[int]:
         """Return the batch sizes for which the program that was just loaded is known to be proven.
@@ -200,7 +203,7 @@ class PlanFile:
         """
         try:
             kept = json.loads(self._proof.read_bytes())
-            fits = kept["facts"] == facts and kept["program"] == self._digest
+            fits = kept["facts"] == facts and kept["program"] == self._program() != ""
             sizes = [size for size in kept["sizes"] if type(size) is int] if fits else []
         except FileNotFoundError:
             return []
@@ -213,7 +216,7 @@ class PlanFile:
 
     def keep_proof(self, facts: str, sizes: Iterable[int]) -> None:
         """Record that the program that was just loaded or stored was proven for batch sizes."""
-        proof = {"facts": facts, "program": self._digest, "sizes": sorted(set(sizes))}
+        proof = {"facts": facts, "program": self._program(), "sizes": sorted(set(sizes))}
         try:
             written = self._cache.write(memoryview(json.dumps(proof).encode()))
             written.replace(self._proof)
@@ -229,25 +232,30 @@ class PlanFile:
             other: The other file.
             indexes: Which values of the other program it returns.
         """
-        self._digest = f"{other._digest}:{list(indexes)}"
+        whole = other._program()
+        self._digest = f"{whole}:{list(indexes)}" if whole else ""
 
     def load(self, kind: CompiledKind[Any], model: LoadedModel) -> Any:
         """Return the stored program of a kind; None if there is none or it can't be read."""
         try:
-            data = self._path.read_bytes()
+            file = self._path.open("rb")
         except FileNotFoundError:
             return None
         except OSError as error:
             # The file may be intact: the disk could not be read now.
             _log.warning("stored plan %s can't be read: %s", self._path.name, error.strerror)
             return None
-        self._digest = hashlib.blake2b(data).hexdigest()
         try:
-            program = kind.load(data, model)
+            program = kind.load(self._path, model)
         except Exception as error:  # noqa: BLE001 - a loader may raise anything for damaged bytes
+            file.close()
             _log.warning("stored plan %s is damaged: %s", self._path.name, type(error).__name__)
             self.forget()
             return None
+        if not _is_still(self._path, file):
+            file.close()
+            return self.load(kind, model)  # Another process has just replaced it.
+        self._digest = _Digest(file)
         self._cache.used(self._path)
         return program
 
@@ -278,6 +286,10 @@ class PlanFile:
                 remove(written)
             self._cache.trim()
 
+    def _program(self) -> str:
+        """Return the digest of the program that was last loaded or stored; empty if unknown."""
+        return self._digest if isinstance(self._digest, str) else self._digest.wait()
+
     def _write(self, kind: CompiledKind[Any], program: Any) -> Path | None:
         try:
             data = memoryview(kind.save(program))
@@ -288,6 +300,44 @@ class PlanFile:
         except Exception as error:  # noqa: BLE001 - a kind may raise anything; only the file is lost
             _log.warning("plan not stored: %s", error)
         return None
+
+
+class _Digest:
+    """The digest of a file's content, which another thread computes: 0.2 s for 100 MB.
+
+    Args:
+        file: The file, which is closed at the end.
+    """
+
+    def __init__(self, file: BufferedReader) -> None:
+        self._file = file
+        self._value = ""
+        self._thread: threading.Thread | None = threading.Thread(target=self._compute, daemon=True)
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            if not is_thread_refused(error):
+                raise
+            self._thread = None
+            self._compute()
+
+    def wait(self) -> str:
+        """Return the digest; empty if the file could not be read."""
+        if self._thread is not None:
+            self._thread.join()
+        return self._value
+
+    def _compute(self) -> None:
+        with self._file as file, suppress(OSError):
+            self._value = hashlib.file_digest(file, "blake2b").hexdigest()
+
+
+def _is_still(path: Path, file: BufferedReader) -> bool:
+    """Return whether a path still leads to an open file; programs are replaced, not changed."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except OSError:
+        return True  # It was removed, and so not replaced.
 
 
 def fingerprint(model: LoadedModel) -> str:

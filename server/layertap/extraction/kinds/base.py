@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Generic, TypeVar
 
 import torch
@@ -395,8 +396,8 @@ class CompiledKind(ExtractorKind, Generic[P]):
         """
 
     @abstractmethod
-    def load(self, data: bytes, model: LoadedModel) -> P:
-        """Return the program that ``save`` gave. Any exception means that the file is damaged.
+    def load(self, path: Path, model: LoadedModel) -> P:
+        """Return the program of a file that ``save`` gave; any exception means that it is damaged.
 
         Loading may run code from the file, so a file that other users can write is never loaded.
         """

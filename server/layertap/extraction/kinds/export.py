@@ -23,6 +23,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -194,9 +195,9 @@ class ExportKind(CompiledKind[ExportProgram]):
         torch.save(content, buffer)
         return buffer.getbuffer()
 
-    def load(self, data: bytes, model: LoadedModel) -> ExportProgram:
+    def load(self, path: Path, model: LoadedModel) -> ExportProgram:
         """See CompiledKind."""
-        content = torch.load(io.BytesIO(data), weights_only=True)
+        content = torch.load(path, weights_only=True)
         package = Package(
             content["library"].numpy().tobytes(),
             tuple(InputShape(*each) for each in content["inputs"]),

@@ -24,6 +24,7 @@ import io
 import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -203,12 +204,11 @@ class TorchScriptKind(CompiledKind[torch.jit.ScriptModule]):
             torch.jit.save(program, buffer)
         return buffer.getbuffer()
 
-    def load(self, data: bytes, model: LoadedModel) -> torch.jit.ScriptModule:
+    def load(self, path: Path, model: LoadedModel) -> torch.jit.ScriptModule:
         """See CompiledKind."""
         with _deprecated():
-            program: torch.jit.ScriptModule = torch.jit.load(
-                io.BytesIO(data), map_location=model.device
-            )
+            # Of a file in memory, torch makes three copies.
+            program: torch.jit.ScriptModule = torch.jit.load(path, map_location=model.device)
         return program
 
     def may_end_the_process(self, program: torch.jit.ScriptModule) -> bool:
