@@ -87,6 +87,7 @@ bench: .venv/.built ## what layers and replies cost, in minutes; writes benchmar
 	$(BIN)/python -W ignore benchmarks/bench_extractors.py --rounds 10 $(ARGS)
 	$(BIN)/python -W ignore benchmarks/bench_matrix.py
 	$(BIN)/python -W ignore benchmarks/bench_races.py
+	$(BIN)/python -W ignore benchmarks/bench_packages.py
 	$(BIN)/python -W ignore benchmarks/bench_wire.py --rounds 8 $(ARGS)
 	$(BIN)/python -W ignore benchmarks/bench_server.py
 	$(BIN)/python -W ignore benchmarks/bench_encode.py
@@ -115,7 +116,7 @@ bench-sentences: .venv/.built build/sentences/.installed ## sentences a second, 
 	PYTHONPATH=server build/sentences/bin/python -W ignore benchmarks/bench_sentences.py $(ARGS)
 
 PEERS := litserve pytriton ray
-bench-peers: .venv/.built $(PEERS:%=build/peers/%/.installed) ## beside PyTriton, LitServe, Ray Serve and bare gRPC: 40 minutes
+bench-peers: .venv/.built $(PEERS:%=build/peers/%/.installed) ## beside PyTriton, LitServe, Ray Serve and bare gRPC: an hour
 	PYTHONPATH=server $(BIN)/python -W ignore benchmarks/bench_peers.py $(ARGS)
 
 bench-dataset: .venv/.built build/dataset/.installed ## photos a second of layertap extract, beside thingsvision: an hour

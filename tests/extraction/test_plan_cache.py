@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import resource
+import threading
 from pathlib import Path
 
 import pytest
@@ -119,6 +122,65 @@ def test_a_damaged_file_is_made_anew(load_net, tmp_path, traces, damage) -> None
     check(model, build(model, tmp_path))
     assert traces.count == 2
     assert len(files(tmp_path)) == 1
+
+
+def stored_program(load_net, folder: Path, name: str, path: str) -> Path:
+    """Store the program of one layer under a name; return its file."""
+    model = load_net("chain")
+    program = torchscript.trace_taps(
+        model,
+        Taps(model.module),
+        [CapturePoint(PointKind.MODULE, path)],
+        batch_for(model, torch.rand(2, *ITEM)),
+    )
+    with PlanCache(folder, PLENTY).file(name).storing(torchscript.KIND, program):
+        pass
+    return folder / f"{name}.plan.pt"
+
+
+def test_a_file_that_is_replaced_while_it_is_loaded(load_net, tmp_path, monkeypatch) -> None:
+    """The program and the digest in its proof are of one file: the new one."""
+    path = stored_program(load_net, tmp_path, "mine", "layer1")
+    other = stored_program(load_net, tmp_path, "other", "layer2")
+    load, loads = torchscript.TorchScriptKind.load, []
+
+    def replaced(kind, path: Path, model: LoadedModel) -> torch.jit.ScriptModule:
+        program = load(kind, path, model)
+        if not loads:
+            other.replace(path)
+        loads.append(path)
+        return program
+
+    monkeypatch.setattr(torchscript.TorchScriptKind, "load", replaced)
+    file = PlanCache(tmp_path, PLENTY).file("mine")
+    model = load_net("chain")
+    program = file.load(torchscript.KIND, model)
+    x = torch.rand(2, *ITEM)
+    reference = outputs_of(model.module, x, "layer2")[0]
+    assert difference(program(x)[0], reference) <= COMPILED_TOLERANCE[torch.float32]
+    assert loads == [path, path]
+    file.keep_proof("facts", [1])
+    kept = json.loads((tmp_path / "mine.proof").read_text())
+    assert kept["program"] == hashlib.blake2b(path.read_bytes()).hexdigest()
+
+
+def test_a_program_is_digested_where_no_thread_can_be_started(
+    load_net, tmp_path, monkeypatch
+) -> None:
+    """Then the thread that loads it does it, and the proof fits."""
+    stored_program(load_net, tmp_path, "mine", "layer1")
+    file = PlanCache(tmp_path, PLENTY).file("mine")
+    file.load(torchscript.KIND, load_net("chain"))
+    file.keep_proof("facts", [1, 2])
+
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    again = PlanCache(tmp_path, PLENTY).file("mine")
+    again.load(torchscript.KIND, load_net("chain"))
+    assert again.proven_sizes("facts") == [1, 2]
+    assert again.proven_sizes("other facts") == []
 
 
 def test_a_refused_plan_is_not_stored(load_net, tmp_path) -> None:

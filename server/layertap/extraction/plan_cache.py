@@ -28,6 +28,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
@@ -41,13 +42,14 @@ from layertap.extraction.guards import Outcome
 from layertap.extraction.kinds.base import CompiledKind
 from layertap.extraction.pass_spec import PassSpec
 from layertap.models import BatchKey, LoadedModel
+from layertap.resources import available_cpus
 from layertap.threads import is_thread_refused
 
 __all__ = ["PlanCache", "PlanFile", "fingerprint", "plan_digest", "remove"]
 
 _log = logging.getLogger(__name__)
 
-FORMAT = "5"
+FORMAT = "6"
 SUFFIX = ".plan.pt"
 CATALOGUE_SUFFIX = ".catalogue"
 PROOF_SUFFIX = ".proof"
@@ -57,6 +59,9 @@ PART = ".part"
 # Errors that are the disk's fault, not the configuration's.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 _STALE_SECONDS = 3600.0
+
+MAX_DIGESTING = 4
+"""Threads that read a model's weights at once; each may hold a copy of a tensor of a GPU."""
 
 
 class PlanCache:
@@ -343,19 +348,37 @@ def _is_still(path: Path, file: BufferedReader) -> bool:
 def fingerprint(model: LoadedModel) -> str:
     """Return a digest of what a model computes: its structure, its weights and torch's version.
 
-    This reads all weights, which takes about 50 ms for resnet18 and a second for vgg16.
+    This reads all weights, which takes about 0.2 s for each 100 MB on one core; up to
+    `MAX_DIGESTING` cores share the work.
     """
     digest = hashlib.blake2b(digest_size=16)
     for fact in (FORMAT, torch.__version__, torchvision.__version__, model.device.type):
         digest.update(f"{fact}\n".encode())
     digest.update(repr(model.module).encode())
-    for kind in (model.module.named_parameters, model.module.named_buffers):
-        for name, tensor in kind():
-            facts = (name, tensor.dtype, tuple(tensor.shape), tensor.stride())
-            digest.update(f"{facts}\n".encode())
-            raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            digest.update(raw.numpy().data)
+    named = [*model.module.named_parameters(), *model.module.named_buffers()]
+    contents = _digests([tensor for _, tensor in named])
+    for (name, tensor), content in zip(named, contents, strict=True):
+        facts = (name, tensor.dtype, tuple(tensor.shape), tensor.stride(), content)
+        digest.update(f"{facts}\n".encode())
     return digest.hexdigest()
+
+
+def _digests(tensors: Sequence[torch.Tensor]) -> list[str]:
+    """Return the digest of each tensor's elements."""
+    threads = min(MAX_DIGESTING, available_cpus())
+    if threads > 1:
+        try:
+            with ThreadPoolExecutor(threads, "layertap-digest") as pool:
+                return list(pool.map(_digest_of, tensors))
+        except RuntimeError as error:
+            if not is_thread_refused(error):
+                raise
+    return [_digest_of(tensor) for tensor in tensors]
+
+
+def _digest_of(tensor: torch.Tensor) -> str:
+    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.blake2b(raw.numpy().data, digest_size=16).hexdigest()
 
 
 def plan_digest(
