@@ -88,6 +88,7 @@ def test_what_people_read_is_left_alone() -> None:
     }
 
 
+@pytest.mark.long
 def test_a_seed_draws_the_same_mutants_from_every_package() -> None:
     """Two draws are alike, another seed's is not, and each package gives its share."""
     packages = list(mutants.TESTS)

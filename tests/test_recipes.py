@@ -121,6 +121,7 @@ def test_a_linear_probe(tmp_path: Path) -> None:
     assert max(names["accuracy"].values()) > 0.75
 
 
+@pytest.mark.long
 def test_patchcore(tmp_path: Path) -> None:
     """Both defects are found, at their places; patches, memory, maps and scores are as written."""
     defects = draw_parts(tmp_path / "good", tmp_path / "parts", 8)

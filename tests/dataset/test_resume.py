@@ -157,7 +157,7 @@ def crashing(monkeypatch: pytest.MonkeyPatch):
     return until
 
 
-@pytest.mark.parametrize("suffix", ["npz", "parquet"])
+@pytest.mark.parametrize("suffix", [pytest.param("npz", marks=pytest.mark.long), "parquet"])
 @pytest.mark.parametrize("calls", range(0, 60, 4))
 def test_a_crash_at_every_step_of_writing(case: Case, suffix: str, calls: int, crashing) -> None:
     """Whichever call that syncs, renames or removes is the last, the next run completes it."""

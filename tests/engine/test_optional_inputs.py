@@ -34,7 +34,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "T5EncoderModel": {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 37, "num_layers": 2,
                        "num_heads": 4},
 }  # fmt: skip
-QUICK = ("LlamaModel", "BertModel")
+QUICK = ("BertModel",)
 """Those that are tried in each run."""
 
 PATIENCE = 60

@@ -296,7 +296,13 @@ def changeable(model: LocalModel) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("net", sorted(NETS))
+@pytest.mark.parametrize(
+    "net",
+    [
+        pytest.param(net, marks=[pytest.mark.long] if net == "editnets:mobilenet" else [])
+        for net in sorted(NETS)
+    ],
+)
 def test_the_identity_changes_no_bit(net: str, load: Callable[[str], LocalModel]) -> None:
     """Scaling every layer by 1 gives the bits of a request without interventions."""
     model, x = load(net), batch(net)

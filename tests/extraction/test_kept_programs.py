@@ -202,7 +202,7 @@ def test_a_layer_that_is_declared_alone_later_has_a_program_of_its_own(
     assert (starts.traced, starts.files(".plan.pt")) == (1, 2)
 
 
-@pytest.mark.parametrize("facts", ["f", ""])
+@pytest.mark.parametrize("facts", ["f", pytest.param("", marks=pytest.mark.long)])
 def test_a_part_that_is_wrong_is_not_served(
     load_net, starts: Starts, facts: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -259,7 +259,7 @@ def test_nothing_of_the_whole_stays_in_memory(load_net, tmp_path: Path) -> None:
     check(model, plans)
 
 
-@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("cached", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_a_server_compiles_declared_layers_once(tmp_path: Path, cached: bool, monkeypatch) -> None:
     """All together and each alone, inputs too, at the first start and at the second."""
     recorded: list[object] = []

@@ -12,7 +12,7 @@ from infering import batch, bytes_tensor, given, output, parameters, raw_request
 from layertap.inference import grpc_service_pb2 as pb
 
 Code = grpc.StatusCode
-MESSAGES = 1500
+MESSAGES = 800
 # What a request can be refused with; never INTERNAL or UNKNOWN.
 REFUSALS = {
     Code.INVALID_ARGUMENT,
