@@ -85,6 +85,7 @@ def run(recipe: str, failed: int = 0) -> dict[str, Any]:
     return names
 
 
+@pytest.mark.long
 def test_similar_photos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The nearest photos are those of a search by hand, and the codes are the PCA's."""
     draw_photos(tmp_path / "photos", 36)

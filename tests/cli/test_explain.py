@@ -50,6 +50,7 @@ def address() -> Iterator[str]:
     engine.close()
 
 
+@pytest.mark.long
 def test_a_server_and_this_process_draw_the_same_overlay(
     address: str, photo: str, tmp_path: Path
 ) -> None:

@@ -60,6 +60,7 @@ def test_the_team_exists_before_the_first_large_tensor(found) -> None:
     assert before == after
 
 
+@pytest.mark.long
 def test_teams_that_cannot_be_had_are_refused(found) -> None:
     """An error names the limit, before OpenMP's library would end the process."""
     told = found["told"]

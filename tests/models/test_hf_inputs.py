@@ -52,6 +52,7 @@ def test_documents_take_boxes(tmp_path: Path, name: str) -> None:
             model.extract({"input_ids": IDS, "bbox": boxes(2, 7)}, layer)
 
 
+@pytest.mark.long
 def test_detectors_take_a_mask_of_pixels(tmp_path: Path) -> None:
     """`pixel_mask` is an optional input, and says which pixels of a padded image count."""
     config = transformers.DetrConfig(

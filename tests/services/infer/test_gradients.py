@@ -15,6 +15,7 @@ from layertap.app.server import FeatureServer
 LAYERS = ["layer1:gradient", "layer1:grad_cam", "conv1:input_gradient"]
 
 
+@pytest.mark.long
 def test_outputs_may_be_gradients(stub: Any, server: FeatureServer) -> None:
     """The parameter ``objective`` gives what the layertap protocol gives, and its value too."""
     x = batch(2)

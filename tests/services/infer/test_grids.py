@@ -21,6 +21,7 @@ from tinynets import ITEM
 LAYERS = ["layer1+layer2:around=3", "layer1:pool=2x2=pooled", "layer2:resize=9x5=large"]
 
 
+@pytest.mark.long
 def test_outputs_may_name_grids(stub: Any, server: FeatureServer) -> None:
     """Names and parameters give what the layertap protocol gives."""
     x = batch(2)

@@ -96,6 +96,7 @@ def test_config_tells_how_a_model_is_served(stub, engine) -> None:
     assert facts["preprocessing"] == engine.host("residual").model.preprocess.describe()
 
 
+@pytest.mark.long
 def test_every_layer_of_the_catalogue_in_the_config_can_be_asked_for(stub) -> None:
     """Each layer in it is returned with the datatype and shape given there."""
     config = stub.ModelConfig(pb.ModelConfigRequest(name="residual")).config
