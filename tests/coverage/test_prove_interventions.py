@@ -36,7 +36,6 @@ def test_interventions_equal_plain_hooks(name: str) -> None:
     assert row.right == dict.fromkeys(OPERATIONS, row.sites)
 
 
-@pytest.mark.long
 def test_each_operation_is_requested_by_names_of_axes() -> None:
     """The layers of BERT are changed by tokens, channels and heads, by every operation."""
     row = prove(next(each for each in hugging_face() if each.name == "bert"))
@@ -45,7 +44,6 @@ def test_each_operation_is_requested_by_names_of_axes() -> None:
     assert set(row.named) == {each.value for each in Operation}
 
 
-@pytest.mark.long
 def test_a_module_that_asks_for_the_same_tensor_has_the_bits_of_a_copy(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
