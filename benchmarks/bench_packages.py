@@ -42,6 +42,7 @@ TORCHS_OWN = "torch's own loader"
 IDLE = "no pass"
 COMPILERS = ("g++", "c++", "gcc", "cc", "clang", "clang++")
 SLEEP = 0.001
+IDLE_SECONDS = 0.3
 
 
 class Watcher:
@@ -74,7 +75,7 @@ def stalls(weights: Path, cache: Path, *, batch: int, rounds: int) -> dict[str, 
     x = torch.rand(batch, 3, 224, 224, generator=torch.Generator().manual_seed(1))
     spec = ModelSpec(NET, weights=str(weights))
     with layertap.load(NET, weights=str(weights), device="cpu", plan_cache=cache) as model:
-        own = Package(load_model(spec, "cpu"), LAYER, Path(tempfile.mkdtemp()))
+        own = Package(load_model(spec, "cpu"), LAYER, weights.parent)
         ways: dict[str, Callable[[], torch.Tensor]] = {
             way: lambda way=way: model.extract(x, [LAYER], extractor=way)[LAYER] for way in WAYS
         }
@@ -91,7 +92,7 @@ def stalls(weights: Path, cache: Path, *, batch: int, rounds: int) -> dict[str, 
         }
         for _ in range(rounds):
             for name, row in found.items():
-                run = ways.get(name, lambda: time.sleep(0.3))
+                run = ways.get(name, lambda: time.sleep(IDLE_SECONDS))
                 with Watcher() as late:
                     begun = time.perf_counter()
                     run()
@@ -130,7 +131,7 @@ def restarts(weights: Path, cache: Path, times: int) -> dict[str, Any]:
     """Start processes without a compiler; return how long each step took, in seconds."""
     steps: dict[str, list[float]] = {}
     environment = {key: value for key, value in os.environ.items() if key != "CXX"}
-    environment["PATH"] = tempfile.mkdtemp()
+    environment["PATH"] = str(weights.parent / "no compiler")  # A folder that is not there.
     for _ in range(times + 1):
         begun = time.perf_counter()
         done = subprocess.run(

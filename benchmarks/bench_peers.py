@@ -419,7 +419,11 @@ def merged(results: dict[str, Any], earlier: dict[str, Any] | None) -> dict[str,
     rows = {_case(row): row for row in (*earlier["rows"], *results["rows"])}
     kinds = list(dict.fromkeys(case.kind for case in cases([1], [1])))
     ordered = sorted(rows, key=lambda each: (kinds.index(each[0]), *each[1:]))
-    return {**results, "rows": [rows[each] for each in ordered]}
+    largest = {
+        name: max(difference, earlier["largest difference"][name])
+        for name, difference in results["largest difference"].items()
+    }
+    return {**results, "largest difference": largest, "rows": [rows[each] for each in ordered]}
 
 
 def _case(row: dict[str, Any]) -> tuple[str, int, int]:
