@@ -15,7 +15,8 @@ shares no code with layertap, and write what they found into this page.
 """
 
 SECTIONS = (
-    "models", "zoo", "packages", "gradients", "beside", "interventions", "beside_interventions",
+    "models", "export", "zoo", "packages", "gradients", "beside", "interventions",
+    "beside_interventions",
 )  # fmt: skip
 
 

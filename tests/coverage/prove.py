@@ -46,7 +46,7 @@ GROUP_BYTES = 3 << 30
 ORDER = (
     Extractor.HOOK, Extractor.FX, Extractor.CHILDREN, Extractor.LAYER_GETTER, Extractor.TORCHSCRIPT,
 )  # fmt: skip
-"""The extractors that are asked by default. EXPORT takes minutes for each model."""
+"""The extractors that are asked by default. EXPORT takes minutes for a model: see prove_export."""
 
 
 @dataclass
@@ -63,6 +63,10 @@ class Tally:
     refused: int = 0
     wrong: list[str] = field(default_factory=list)
     failed: str = ""
+    reasons: list[str] = field(default_factory=list)
+    """Why layers were refused, for each of them."""
+    unbuilt: list[str] = field(default_factory=list)
+    """Why plans were refused when they were built."""
 
 
 @dataclass
@@ -121,8 +125,9 @@ def prove(source: str, device: str = "cpu", order: Sequence[Extractor] = ORDER) 
     plans = PlanBuilder(model, Taps(model.module), catalogue)
     for entry in entries:
         for extractor, tally in row.tallies.items():
-            whole = Capture.OUTPUT in entry.points
-            tally.refused += whole and not entry.serves(extractor, Capture.OUTPUT)
+            if Capture.OUTPUT in entry.points and not entry.serves(extractor, Capture.OUTPUT):
+                tally.refused += 1
+                tally.reasons.append(entry.refusal(extractor))
     x = ordinary_batch(model, BATCH)
     for group in _groups([each for each in catalogue if each.points and not each.same_as]):
         subject = _subject(model, plans, x, group)
@@ -214,10 +219,12 @@ def _check(
             )
         except ExtractorUnsupportedError as error:
             tally.failed = str(error)
+            tally.unbuilt.append(tally.failed)
     if kind_of(extractor).compiled and tally.wrong:
         # Before a compiled plan serves, it is compared with the same reference on this very batch.
         # So such a request gets an error, and no client gets a wrong value.
         tally.failed = f"refused when built: {', '.join(tally.wrong[:3])}"
+        tally.unbuilt.append(tally.failed)
         tally.wrong.clear()
 
 
@@ -278,10 +285,11 @@ def section(rows: Sequence[Row]) -> str:
 def _apart(name: str, device: str, order: Sequence[Extractor]) -> Row:
     """Prove a model in a process of its own, so that all memory of it is given back."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
-        return pool.submit(_quietly, name, device, order).result()
+        return pool.submit(quietly, name, device, order).result()
 
 
-def _quietly(name: str, device: str, order: Sequence[Extractor]) -> Row:
+def quietly(name: str, device: str, order: Sequence[Extractor]) -> Row:
+    """Prove a model on one thread, without autograd, in full precision."""
     torch.set_num_threads(1)  # There is a process for each core already.
     allow_tf32(False)
     with torch.inference_mode():

@@ -10,18 +10,32 @@ import argparse
 import json
 import logging
 import multiprocessing
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from gradient_subjects import GradientSubject
 from page import write_section
 
-__all__ = ["Command", "ProofRow"]
+__all__ = ["Command", "ProofRow", "Subject"]
+
+
+class Subject(Protocol):
+    """A model under proof.
+
+    Attributes:
+        name: Its name.
+        group: Where it is from.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def group(self) -> str: ...
 
 
 class ProofRow(Protocol):
@@ -41,10 +55,11 @@ class ProofRow(Protocol):
 
 
 R = TypeVar("R", bound=ProofRow)
+S = TypeVar("S", bound=Subject)
 
 
 @dataclass(frozen=True)
-class Command(Generic[R]):
+class Command(Generic[R, S]):
     """A proof of many models, as a command.
 
     Attributes:
@@ -59,9 +74,9 @@ class Command(Generic[R]):
 
     name: str
     about: str
-    groups: Mapping[str, Callable[[], list[GradientSubject]]]
+    groups: Mapping[str, Callable[[], list[S]]]
     row: Callable[..., R]
-    prove: Callable[[GradientSubject, str], R]
+    prove: Callable[[S, str], R]
     section: Callable[[Sequence[R], Mapping[str, int]], str]
     words: Callable[[R], str]
 
@@ -79,15 +94,17 @@ class Command(Generic[R]):
             group: make() for group, make in self.groups.items() if options.group in (None, group)
         }
         totals = {group: len(found) for group, found in subjects.items()}
-        for subject in [each for found in subjects.values() for each in found]:
-            wanted = (
+        wanted = [
+            subject
+            for found in subjects.values()
+            for subject in found
+            if (
                 subject.name in options.models
                 if options.models
                 else (subject.group, subject.name) not in done
             )
-            if not wanted:
-                continue
-            row = self._apart(subject, options.device)
+        ]
+        for row in self._proven(wanted, options.device, options.jobs):
             rows = [each for each in rows if (each.group, each.model) != (row.group, row.model)]
             rows.append(row)
             print(self.words(row), flush=True)
@@ -104,6 +121,7 @@ class Command(Generic[R]):
         parser.add_argument("models", nargs="*", help="models to prove again; all new ones if none")
         parser.add_argument("--group", choices=list(self.groups), help="only models of this group")
         parser.add_argument("--device", default="cpu", help="what the models run on, such as cuda")
+        parser.add_argument("--jobs", type=int, default=1, help="models at once")
         parser.add_argument("--rows", type=Path, help="a JSON file; models in it are left out")
         parser.add_argument("--write", type=Path, help="the Markdown file to write")
         return parser.parse_args()
@@ -124,7 +142,13 @@ class Command(Generic[R]):
         if page is not None:
             write_section(page, self.name, self.section(rows, totals))
 
-    def _apart(self, subject: GradientSubject, device: str) -> R:
+    def _proven(self, subjects: Sequence[S], device: str, jobs: int) -> Iterator[R]:
+        """Prove models, some at once; yield their rows as they come."""
+        with ThreadPoolExecutor(jobs) as pool:
+            for proof in as_completed(pool.submit(self._apart, each, device) for each in subjects):
+                yield proof.result()
+
+    def _apart(self, subject: S, device: str) -> R:
         """Prove a model in a process of its own."""
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
             try:

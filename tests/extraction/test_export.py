@@ -82,6 +82,7 @@ class Compiled:
 
     engine: Engine
     folder: Path
+    file: Path
     extractor: ExportExtractor
 
 
@@ -93,7 +94,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compiled]:
         [plan] = [each for each in engine.host("net")._plans.values() if each.kind.compiled]
         assert isinstance(plan.built, ExportExtractor)
         assert engine.host("net").catalogue.scope.rules.state is KeptState.NONE
-        yield Compiled(engine, folder, plan.built)
+        [file] = folder.glob("*.plan.pt")
+        yield Compiled(engine, folder, file, plan.built)
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
@@ -109,8 +111,7 @@ def test_values_are_those_at_the_moment_of_the_capture(compiled: Compiled, size:
 def test_a_package_has_no_copy_of_the_weights(compiled: Compiled) -> None:
     """The constants of the library are the model's own tensors, where they are."""
     module = compiled.engine.host("net").model.module
-    [file] = compiled.folder.glob("*.plan.pt")
-    stored = torch.load(file, weights_only=True)
+    stored = torch.load(compiled.file, weights_only=True)
     assert {"conv.weight", "mix.weight"} <= set(stored["shared"].values())
     assert not any(path.startswith("head") for path in stored["shared"].values())
     before = compiled.extractor._package.run(list(pair(2).values()))[0]
@@ -172,13 +173,29 @@ def test_inputs_of_other_sizes_and_types_are_refused(compiled: Compiled) -> None
         assert torch.equal(mine, other)
 
 
-def test_one_package_serves_items_of_other_sizes(compiled: Compiled, monkeypatch) -> None:
-    """Free dimensions are free in the package; it is proven at the new size before it serves."""
-    monkeypatch.setattr(ExportKind, "compile", None)  # Nothing is compiled.
-    x = pair(3, (3, 10, 14))
-    features = ask(compiled.engine, "net", LAYERS, x, Extractor.EXPORT)
-    for layer, truth in zip(LAYERS, truths(x), strict=True):
-        assert difference(features.torch()[layer], truth) <= COMPILED_TOLERANCE[torch.float32]
+def test_images_of_the_usual_size_have_a_package_of_their_own(compiled: Compiled) -> None:
+    """It takes no others, and is not tried with them: to try it would start a process in vain."""
+    package = compiled.extractor._package
+    assert [each.sizes[1:] for each in package._inputs] == [ITEM, ITEM]
+    assert compiled.extractor not in compiled.engine.host("net")._builder._portable
+
+
+def test_one_package_serves_images_of_all_other_sizes(compiled: Compiled, monkeypatch) -> None:
+    """Free dimensions are free in the package; it is proven at each size before it serves."""
+    compile_once = ExportKind.compile
+    compilations = []
+
+    def compile_counted(self: ExportKind, *args: object, **options: object) -> object:
+        compilations.append(args)
+        return compile_once(self, *args, **options)
+
+    monkeypatch.setattr(ExportKind, "compile", compile_counted)
+    for item in ((3, 10, 14), (3, 12, 9)):
+        x = pair(3, item)
+        features = ask(compiled.engine, "net", LAYERS, x, Extractor.EXPORT)
+        for layer, truth in zip(LAYERS, truths(x), strict=True):
+            assert difference(features.torch()[layer], truth) <= COMPILED_TOLERANCE[torch.float32]
+    assert len(compilations) == 1
 
 
 def test_a_restart_takes_no_compiler(compiled: Compiled, monkeypatch) -> None:

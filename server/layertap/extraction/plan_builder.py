@@ -505,6 +505,8 @@ class PlanBuilder:
 
     def _is_portable(self, kind: CompiledKind[Any], program: Any) -> bool:
         """Return whether a program may be tried at other sizes."""
+        if kind.is_for_one_size(program):
+            return False
         return kind.checks_sizes or not kind.may_end_the_process(program)
 
     def _offer(

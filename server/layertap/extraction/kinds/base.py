@@ -411,6 +411,11 @@ class CompiledKind(ExtractorKind, Generic[P]):
         del program
         return False
 
+    def is_for_one_size(self, program: P) -> bool:
+        """Return whether a program is known to refuse items of any other size."""
+        del program
+        return False
+
     def kept_proof_holds(self, program: P) -> bool:
         """Return whether a kept proof says that a stored program does not end the process.
 

@@ -1,0 +1,47 @@
+"""A sample of ``make test-export``, and its table."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from prove_export import Named, Row, prove_export, section
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(
+    not shutil.which("g++"), reason="a package is compiled with g++, which is not here"
+)
+def test_every_layer_equals_the_reference() -> None:
+    """One package has all layers of a real model, and their inputs."""
+    row = prove_export(Named("squeezenet1_1", "torchvision"), "cpu")
+    assert (row.error, row.wrong, row.unbuilt, row.refused) == ("", [], [], {})
+    assert row.right == row.layers == 68
+    assert row.values == 135
+
+
+def test_a_detector_is_refused_with_the_reason() -> None:
+    """A model that takes a list of images can't be exported; nothing is compiled for it."""
+    row = prove_export(Named("ssdlite320_mobilenet_v3_large", "torchvision"), "cpu")
+    assert (row.right, row.error) == (0, "")
+    [(why, count)] = row.refused.items()
+    assert "takes a list of images" in why
+    assert count > 300
+
+
+def test_the_table_tells_what_was_wrong_and_refused() -> None:
+    """Wrong values are counted at the top and in the row; reasons are in the row."""
+    rows = [
+        Row("a", "torchvision", [3, 8, 8], 4, 8, 1, {"its code branches": 2}, [], ["x", "y"]),
+        Row("b", "timm", [3, 8, 8], 1, 0, 0, {}, ["not exported"]),
+        Row("c", "timm", error="no size"),
+    ]
+    text = section(rows, {"torchvision": 2})
+    assert "1 models of torchvision (of 2) and 1 models of timm: 8 values" in text
+    assert "1 layers right, **2 wrong**" in text
+    assert text.splitlines()[-3:] == [
+        "| a | 3×8×8 | 4 | 1 | 2: its code branches | 2 |",
+        "| b | 3×8×8 | 1 | 0 | not exported | 0 |",
+        "| c | – | – | – | – | no size |",
+    ]
