@@ -323,10 +323,18 @@ void image_values(py::handle pixels, const py::iterable& size, const py::iterabl
           table.shape[0], reinterpret_cast<float*>(values.data()));
 }
 
-bool keep_memory_bound(const py::object& bound) {
-  const std::int64_t bytes = to_int64(bound);
-  if (bytes < 1) throw py::value_error("bound: got " + std::to_string(bytes) + ", expected from 1");
-  return keep_memory(static_cast<std::uint64_t>(bytes));
+std::uint64_t from_one(const char* name, const py::object& number) {
+  const std::int64_t value = to_int64(number);
+  if (value < 1) {
+    throw py::value_error(name + (": got " + std::to_string(value)) + ", expected from 1");
+  }
+  return static_cast<std::uint64_t>(value);
+}
+
+bool keep_memory_bound(const py::object& bound) { return keep_memory(from_one("bound", bound)); }
+
+bool map_large_blocks_of(const py::object& least) {
+  return map_large_blocks(from_one("least", least));
 }
 
 py::object malloc_usage_or_none() {
@@ -374,6 +382,7 @@ PYBIND11_MODULE(_core, module) {
              py::arg("target"));
 
   module.def("keep_memory", &keep_memory_bound, py::arg("bound"));
+  module.def("map_large_blocks", &map_large_blocks_of, py::arg("least"));
   // Returning a gigabyte to the system takes tens of milliseconds.
   module.def("trim_memory", &trim_memory, py::call_guard<py::gil_scoped_release>());
   module.def("malloc_usage", &malloc_usage_or_none);

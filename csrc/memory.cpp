@@ -21,6 +21,12 @@ bool keep_memory(std::uint64_t bound) {
          mallopt(M_ARENA_MAX, 1) == 1;
 }
 
+bool map_large_blocks(std::uint64_t least) {
+  // mallopt takes an int.
+  return least <= INT_MAX && mallopt(M_MMAP_THRESHOLD, static_cast<int>(least)) == 1 &&
+         mallopt(M_ARENA_MAX, 1) == 1;
+}
+
 bool trim_memory() {
   malloc_trim(0);
   return true;
@@ -34,6 +40,8 @@ std::optional<MallocUsage> malloc_usage() {
 #else
 
 bool keep_memory(std::uint64_t) { return false; }
+
+bool map_large_blocks(std::uint64_t) { return false; }
 
 bool trim_memory() { return false; }
 

@@ -10,6 +10,13 @@
 //   - M_ARENA_MAX = 1: threads share the main heap. The heaps of other arenas end at 64 MiB, and
 //     what doesn't fit there is mapped whatever M_MMAP_MAX says (glibc's malloc/arena.c,
 //     HEAP_MAX_SIZE, and sysmalloc in malloc/malloc.c).
+//
+// Note [Returning pages while models load]
+//   To load a model takes large blocks of many sizes for a short time: copies of weights, and the
+//   activations of a few passes. From one heap they leave gaps between small blocks that stay, and
+//   glibc raises its threshold as they are freed, so that later ones come from the heap as well.
+//   With a fixed, low threshold each has pages of its own, which are returned at once. Loading
+//   efficientnet_v2_l had at most 1.9 GiB in RAM instead of 2.4 to 3.0, and took a third longer.
 #pragma once
 
 #include <cstdint>
@@ -26,6 +33,11 @@ struct MallocUsage {
 // Makes malloc keep freed memory for the next block, up to `bound` bytes at the end of the heap.
 // Returns false if malloc can't do that.
 bool keep_memory(std::uint64_t bound);
+
+// Makes malloc map each block of `least` bytes or more separately, and return it when it is freed, until
+// `keep_memory` is called. Threads share the main heap from then on. Returns false if malloc can't
+// do that.
+bool map_large_blocks(std::uint64_t least);
 
 // Returns every free page to the system. Returns false if malloc can't do that.
 bool trim_memory();

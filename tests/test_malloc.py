@@ -44,6 +44,79 @@ def printed(script: str) -> list[int]:
     return [int(number) for number in result.stdout.split()]
 
 
+FREED_BLOCKS = """
+small = []
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+def run():
+    # Raises glibc's own threshold, as a pass with large activations does.
+    for _ in range(4):
+        bytearray(16 * MIB)
+    before = resident()
+    large = []
+    for _ in range(16):
+        large.append(bytearray(b"x") * (8 * MIB))
+        small.append([bytes(1000) for _ in range(200)])
+    large.clear()
+    print((resident() - before) // MIB)
+
+{setting}
+t = threading.Thread(target=run)
+t.start()
+t.join()
+"""
+
+
+@glibc
+@pytest.mark.parametrize("core", ["_core", "_pure"])
+def test_large_blocks_are_returned_at_once(core: str) -> None:
+    """Even if small blocks that stay were allocated between them, and in any thread."""
+    setting = f"assert {core}.map_large_blocks(MIB)"
+    assert printed(FREED_BLOCKS.format(setting=setting))[0] < 16
+    assert printed(FREED_BLOCKS.format(setting=""))[0] > 64
+    after = f"{setting}; assert {core}.keep_memory(512 * MIB)"
+    assert printed(FREED_BLOCKS.format(setting=after))[0] > 64
+
+
+SPARING = """
+from contextlib import ExitStack
+stack = ExitStack()
+{before}
+stack.enter_context(malloc.sparing_memory({weights} * MIB))
+{after}
+"""
+
+
+@glibc
+@pytest.mark.parametrize(
+    ("before", "weights", "after", "spares"),
+    [
+        ("malloc.begin_loading()", 300, "", True),
+        ("malloc.begin_loading()", 200, "", False),
+        ("malloc.begin_loading()", 300, "stack.close()", False),
+        ("malloc.begin_loading(); malloc.keep_memory(512)", 300, "", False),
+        ("", 300, "", False),
+    ],
+)
+def test_large_models_are_measured_with_less(
+    before: str, weights: int, after: str, spares: bool
+) -> None:
+    """Only while a large model is loaded, before the server has requests."""
+    setting = SPARING.format(before=before, weights=weights, after=after)
+    held = printed(FREED_BLOCKS.format(setting=setting))[0]
+    assert held < 16 if spares else held > 64
+
+
+@cores
+def test_a_threshold_that_malloc_does_not_take_is_refused(core: ModuleType) -> None:
+    """Nothing is changed in this process, whose settings last."""
+    with pytest.raises(ValueError, match="least: got 0, expected from 1"):
+        core.map_large_blocks(0)
+    assert core.map_large_blocks(1 << 40) is False
+
+
 SECOND_BLOCK = """
 def run():
     faults_of_a_block()

@@ -171,6 +171,14 @@ def keep_memory(bound: int) -> bool:
     is not that of glibc 2.33 or newer. Raises ValueError for a bound below 1.
     """
 
+def map_large_blocks(least: int) -> bool:
+    """Make malloc map each block of ``least`` bytes or more, and return it as soon as it is freed.
+
+    This affects the whole process, until ``keep_memory`` is called; every other block comes from
+    one heap. Returns False, with nothing changed, if malloc is not that of glibc 2.33 or newer, or
+    does not take that number. Raises ValueError for a number below 1.
+    """
+
 def trim_memory() -> bool:
     """Return all of malloc's free pages to the system; return False if that is not possible."""
 

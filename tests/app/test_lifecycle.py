@@ -21,7 +21,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from layertap import Client
 from layertap.app import lifecycle
 from layertap.app.config import ServerConfig
-from layertap.errors import UnavailableError
+from layertap.errors import LayertapError, UnavailableError
 from layertap.settings import METRICS_OFF, ModelSpec, ServedModel, ServerOptions
 from processes import Serving, layertap, serving
 
@@ -147,16 +147,38 @@ class Listener:
 def test_memory_is_kept_unless_turned_off(
     monkeypatch, section: dict, asked: list[int], note: bool
 ) -> None:
-    """The server keeps memory as configured, and says so if the C library can't."""
+    """The server keeps memory as configured, and says so if the C library can't.
+
+    Not before its models are loaded: until then large models are measured with less.
+    """
     bounds: list[int] = []
-    monkeypatch.setattr(lifecycle, "keep_memory", bounds.append)
+    order: list[str] = []
+    load = lifecycle.ServedModels.load
+
+    def loads(self: object, *args: object, **options: object) -> None:
+        order.append("load")
+        load(self, *args, **options)
+
+    def keeps(mib: int) -> None:
+        order.append("keep")
+        bounds.append(mib)
+
+    def ends(state: str) -> None:
+        raise LayertapError("that is all")
+
+    monkeypatch.setattr(lifecycle.ServedModels, "load", loads)
+    monkeypatch.setattr(lifecycle, "begin_loading", lambda: order.append("begin"))
+    monkeypatch.setattr(lifecycle, "keep_memory", keeps)
+    monkeypatch.setattr(lifecycle, "notify", ends)
     config = ServerConfig(
         server=ServerOptions(port=0, metrics_port=METRICS_OFF, **section),
-        models=(ServedModel(ModelSpec("slownets:gone")),),
+        models=(ServedModel(ModelSpec("tinynets:block", item_shape=(3, 8, 8))),),
     )
     listener = Listener()
     assert lifecycle.run_server(config, listener) == 1
+    assert listener.said[-1] == "that is all"
     assert bounds == asked
+    assert order == (["begin", "load", "keep"] if asked else ["load"])
     assert any("freed memory can't be kept" in text for text in listener.said) is note
 
 

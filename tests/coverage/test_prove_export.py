@@ -21,6 +21,7 @@ def test_every_layer_equals_the_reference() -> None:
     assert row.values == 135
 
 
+@pytest.mark.long
 def test_a_detector_is_refused_with_the_reason() -> None:
     """A model that takes a list of images can't be exported; nothing is compiled for it."""
     row = prove_export(Named("ssdlite320_mobilenet_v3_large", "torchvision"), "cpu")

@@ -190,7 +190,7 @@ def test_a_trial_leaves_nothing_on_the_model() -> None:
 def test_without_the_memory_for_a_trial_the_claims_stay(monkeypatch, caplog) -> None:
     """The log says that the claims are tested at the first request."""
 
-    def fails(*args: object) -> None:
+    def fails(*args: object, **options: object) -> None:
         raise torch.OutOfMemoryError("no memory")
 
     monkeypatch.setattr(type(KINDS[TORCHSCRIPT]), "compile", fails)
@@ -214,6 +214,14 @@ def test_a_digest_tells_what_differs() -> None:
     assert "differs" in kept.fault(value + 1e-6, 0.0)
     assert "differs" in kept.fault(torch.roll(value, 1, 2), 1e-4)
     assert "NaN" in kept.fault(value.nan_to_num(), 1e-4)
+
+
+def test_of_very_many_values_fewer_elements_are_compared() -> None:
+    """Of one value 4096, of 2,800 about 1,500 each, of any number at least 512."""
+    spec = ValueSpec(torch.float32, (Dim(64), Dim(100), Dim(100)))
+    elements = 64 * 100 * 100
+    for values, least, most in ((1, 4000, 4096), (2800, 1400, 1500), (1 << 20, 500, 512)):
+        assert least <= elements / sample_step(spec, values) <= most
 
 
 def test_an_error_is_a_share_of_the_largest_magnitude_of_all_elements() -> None:

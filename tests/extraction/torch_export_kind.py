@@ -75,8 +75,11 @@ class TorchExportKind(CompiledKind[torch.export.ExportedProgram]):
         pass_spec: PassSpec,
         example: Batch,
         take: Take = cloned,
+        *,
+        copies_weights: bool = True,
     ) -> torch.export.ExportedProgram:
         """See CompiledKind; an example of one item would make the batch size a constant."""
+        del copies_weights  # It never copies them.
         tapped = _Tapped(context, pass_spec, take)
         tapped.training = False
         x = Batch.cat([example, example]).only

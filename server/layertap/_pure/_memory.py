@@ -8,7 +8,7 @@ import sys
 from layertap._pure._wire import int64
 
 # glibc's <malloc.h>.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -3, -4, -8
 _INT_MAX = 2**31 - 1
 
 
@@ -39,9 +39,7 @@ _LIBC = _glibc()
 
 def keep_memory(bound: int) -> bool:
     """See ``layertap._core.keep_memory``."""
-    bound = int64(bound)
-    if bound < 1:
-        raise ValueError(f"bound: got {bound}, expected from 1")
+    bound = _from_one("bound", bound)
     if _LIBC is None:
         return False
     settings = (
@@ -50,6 +48,22 @@ def keep_memory(bound: int) -> bool:
         (_M_ARENA_MAX, 1),
     )
     return all(_LIBC.mallopt(name, value) == 1 for name, value in settings)
+
+
+def map_large_blocks(least: int) -> bool:
+    """See ``layertap._core.map_large_blocks``."""
+    size = _from_one("least", least)
+    if _LIBC is None or size > _INT_MAX:
+        return False
+    settings = ((_M_MMAP_THRESHOLD, size), (_M_ARENA_MAX, 1))
+    return all(_LIBC.mallopt(name, value) == 1 for name, value in settings)
+
+
+def _from_one(name: str, number: int) -> int:
+    value = int64(number)
+    if value < 1:
+        raise ValueError(f"{name}: got {value}, expected from 1")
+    return value
 
 
 def trim_memory() -> bool:

@@ -30,7 +30,7 @@ from layertap.app.watch import Watcher
 from layertap.engine import Engine, allow_tf32, choose_device
 from layertap.errors import ConfigError, LayertapError
 from layertap.extraction.plan_folder import open_plan_cache
-from layertap.malloc import keep_memory
+from layertap.malloc import begin_loading, keep_memory
 from layertap.resources import available_cpus, file_budget, raise_file_limit
 from layertap.services.admin_service import AdminService
 from layertap.services.reload_report import ReloadReport
@@ -38,7 +38,7 @@ from layertap.settings import METRICS_OFF, ServerOptions
 from layertap.settings.value_kinds import MIB
 from layertap.threads import THREADS_REFUSED, is_thread_refused
 
-__all__ = ["RunningServer", "compute_threads", "open_engine", "run_server"]
+__all__ = ["RunningServer", "compute_threads", "keep_freed_memory", "open_engine", "run_server"]
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _END = b"\0"
@@ -239,6 +239,7 @@ class RunningServer:
             narrator.say(f"metrics on {page.url}")
         watcher = Watcher(lambda: self._files(config_file), self.reload)
         models.load(config, strict=options.strict)
+        keep_freed_memory(options, narrator)
         self.server.ready()
         self.reloader.start()
         if options.watch:
@@ -303,14 +304,14 @@ def compute_threads(options: ServerOptions, device: str) -> tuple[int, int | Non
 def open_engine(config: ServerConfig, narrator: Narrator) -> Engine:
     """Return an engine without models, as a configuration wants it; the caller must close it.
 
+    Call ``keep_freed_memory`` once its first models are loaded.
+
     Raises:
         LayertapError: If the device can't be used or settings contradict each other.
     """
     options = config.server
-    if options.keep_memory and not keep_memory(options.keep_memory_bytes // MIB):
-        narrator.say(
-            "note: with this C library freed memory can't be kept, so large replies take longer"
-        )
+    if options.keep_memory:
+        begin_loading()
     allow_tf32(options.tf32)
     device = choose_device(options.device)
     instances, threads = compute_threads(options, device)
@@ -318,3 +319,11 @@ def open_engine(config: ServerConfig, narrator: Narrator) -> Engine:
         options.plan_cache, options.plan_cache_bytes, catalogues=options.keep_catalogues
     )
     return Engine(config.limits, device, threads, cache, instances)
+
+
+def keep_freed_memory(options: ServerOptions, narrator: Narrator) -> None:
+    """Keep freed memory from now on, if the options say so."""
+    if options.keep_memory and not keep_memory(options.keep_memory_bytes // MIB):
+        narrator.say(
+            "note: with this C library freed memory can't be kept, so large replies take longer"
+        )

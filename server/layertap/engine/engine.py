@@ -20,6 +20,7 @@ from layertap.engine.unloading import Unloading
 from layertap.engine.versions import Versions
 from layertap.errors import ConfigError, ModelNotFoundError, UnavailableError
 from layertap.extraction.plan_cache import PlanCache
+from layertap.malloc import sparing_memory
 from layertap.models import LoadedModel, ModelSpec, load_model
 from layertap.resources import available_cpus
 from layertap.selection import LayerSelection
@@ -286,16 +287,17 @@ class Engine:
         call: Call,
         again: Callable[[], LoadedModel],
     ) -> ModelHost:
-        host = ModelHost(
-            model,
-            self._threads(where),
-            self.limits,
-            self._plan_cache,
-            options=options,
-            call=call,
-            preparing=self._preparing(where),
-            again=again,
-        )
+        with sparing_memory(model.weight_bytes()):
+            host = ModelHost(
+                model,
+                self._threads(where),
+                self.limits,
+                self._plan_cache,
+                options=options,
+                call=call,
+                preparing=self._preparing(where),
+                again=again,
+            )
         with suppress(ModelNotFoundError, UnavailableError):
             host.sharing.inherit(self._versions.host(model.name).sharing)
         try:

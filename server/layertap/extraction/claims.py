@@ -130,7 +130,8 @@ class _Trial:
         found: dict[Extractor, _Found] = {}
         if not points:
             return found
-        steps = {point: sample_step(self._catalogue.specs[point]) for point in points}
+        specs = self._catalogue.specs
+        steps = {point: sample_step(specs[point], len(points)) for point in points}
         seen = yield from self._cases(steps)
         cases = [case for case, _ in seen]
         for extractor, claimed in claims.items():

@@ -12,8 +12,9 @@ Note [One program for all]
     program returns a sample of each value instead of the value (see Note [Digests]), and each
     program is dropped after it was compared. If a layer's input is the very tensor that another
     module returned, the input is served whenever that output is. Finishing a program can fail, too,
-    so finished programs are run. But finishing copies the weights, and so does running in another
-    process, so neither is tried if the weights are large.
+    so finished programs are run. But finishing copies the weights, and so do folding batch norms
+    into convolutions and running in another process, so none of that is tried if the weights are
+    large. Before a plan serves, the proof does all of it in any case.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from layertap.extraction.passes import PassScope
 from layertap.extraction.pause import waiting
 from layertap.extraction.points import CapturePoint
 from layertap.extraction.samples import ordinary_batch
+from layertap.malloc import return_memory
 from layertap.models import Batch, LoadedModel
 
 __all__ = ["Case", "CompileTrial", "Faults", "depends_on_size", "run_case", "sometimes"]
@@ -54,10 +56,7 @@ MAX_APART = 4
 """Maximum number of these programs that run in a child process, which takes seconds."""
 
 MAX_COPIED_BYTES = 256 << 20
-"""Bytes of weights above which a program is neither finished nor run in a child process.
-
-Both copy the weights.
-"""
+"""Bytes of weights above which nothing is done in a trial that copies them."""
 
 LARGER = 7
 """An additional batch size for programs that could end the process."""
@@ -283,6 +282,8 @@ class CompileTrial:
         yield
         if self._kind.may_end_the_process(program):
             return (yield from self._compared_apart(points, program))
+        if not self._small:
+            return_memory()  # What recording has freed, before large batches need as much.
         run = self._finished(program) if self._small else partial(self._kind.run, program)
         yield
         faults: Faults = {}
@@ -339,7 +340,10 @@ class CompileTrial:
             self._context.taps.install(point.path, point.capture)
         try:
             with self._context.scope:
-                return self._kind.compile(self._context, PassSpec(tuple(points)), example, compared)
+                return self._kind.compile(
+                    self._context, PassSpec(tuple(points)), example, compared,
+                    copies_weights=self._small,
+                )  # fmt: skip
         except Exception as error:
             _log.info("model %s can't be compiled", self._context.model.name, exc_info=True)
             if is_out_of_memory(error):

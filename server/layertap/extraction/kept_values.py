@@ -23,7 +23,7 @@ from layertap.extraction.verify import difference, same
 
 __all__ = ["KeptValue", "KeptValues"]
 
-WHOLE_BYTES = 64 << 20
+WHOLE_BYTES = 32 << 20
 """Bytes of values that are kept whole, for each pass."""
 
 SAMPLED = 4096
@@ -32,7 +32,7 @@ SAMPLED = 4096
 SMALL = 4 * SAMPLED
 """Values of so many elements are kept whole in any case."""
 
-_PIECE = 1 << 18
+_PIECE = 1 << 16
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

@@ -14,6 +14,7 @@ __all__ = [
     "encode",
     "image_values",
     "malloc_usage",
+    "map_large_blocks",
     "raw_layout",
     "set_malloc_bound",
     "split",
@@ -45,6 +46,7 @@ decode = _codec.decode
 encode = _codec.encode
 image_values = _codec.image_values
 malloc_usage = _codec.malloc_usage
+map_large_blocks = _codec.map_large_blocks
 raw_layout = _codec.raw_layout
 set_malloc_bound = _codec.keep_memory
 split = _codec.split

@@ -322,6 +322,8 @@ class CompiledKind(ExtractorKind, Generic[P]):
         pass_spec: PassSpec,
         example: Batch,
         take: Take = cloned,
+        *,
+        copies_weights: bool = True,
     ) -> P:
         """Compile a program, which is not proven yet. Any exception refuses the points.
 
@@ -332,6 +334,7 @@ class CompiledKind(ExtractorKind, Generic[P]):
             example: A batch on the model's device. The program must serve every batch with its
                 key, at every batch size.
             take: Decides what the program returns for each point, in the order of the points.
+            copies_weights: Whether the program may have a copy of the weights that is optimised.
         """
 
     def assemble(self, program: P) -> Generator[Pause | None, None, P]:

@@ -135,6 +135,8 @@ class ExportKind(CompiledKind[ExportProgram]):
         pass_spec: PassSpec,
         example: Batch,
         take: Take = cloned,
+        *,
+        copies_weights: bool = True,
     ) -> ExportProgram:
         """See CompiledKind; the program that this returns is exported, and not compiled yet."""
         if not compiler():

@@ -59,6 +59,7 @@ def trace_taps(
     take: Take = cloned,
     *,
     to_end: bool = False,
+    fold: bool = True,
     watching: Callable[[Batch], AbstractContextManager[object]] = nullcontext,
 ) -> torch.jit.ScriptModule:
     """Return the truncated program for some points, traced and frozen but not yet optimised.
@@ -71,6 +72,7 @@ def trace_taps(
         take: Decides what the program returns for each point.
         to_end: Whether the traced pass must run to its end. What comes after the last capture is
             dropped from the program in any case.
+        fold: Whether batch norms are folded into convolutions, which copies these weights.
         watching: Returns the block in which the pass runs, for the batch that it is given.
 
     Passes on any exception of the tracer.
@@ -82,7 +84,7 @@ def trace_taps(
     with _tracing, _deprecated():
         traced = torch.jit.trace(tapped, tuple(example.values()), check_trace=False)
         own = _in_unit_of_its_own(traced.eval(), model.device)
-        frozen: torch.jit.ScriptModule = torch.jit.freeze(own)
+        frozen: torch.jit.ScriptModule = torch.jit.freeze(own, optimize_numerics=fold)
     return frozen
 
 
@@ -157,6 +159,8 @@ class TorchScriptKind(CompiledKind[torch.jit.ScriptModule]):
         pass_spec: PassSpec,
         example: Batch,
         take: Take = cloned,
+        *,
+        copies_weights: bool = True,
     ) -> torch.jit.ScriptModule:
         """See CompiledKind."""
         to_end = not context.scope.rules.early_stop
@@ -167,6 +171,7 @@ class TorchScriptKind(CompiledKind[torch.jit.ScriptModule]):
             example,
             take,
             to_end=to_end,
+            fold=copies_weights,
             watching=context.watching,
         )
 

@@ -14,7 +14,7 @@ import ray
 
 from layertap.app.config import ServerConfig
 from layertap.app.health import ModelHealth
-from layertap.app.lifecycle import RunningServer, open_engine
+from layertap.app.lifecycle import RunningServer, keep_freed_memory, open_engine
 from layertap.app.logs import LogNarrator
 from layertap.app.security import open_security
 from layertap.app.served_models import ServedModels
@@ -263,6 +263,7 @@ def _loaded(config: ServerConfig, closing: ExitStack) -> tuple[Engine, Observer,
     health = ModelHealth()
     telemetry = open_telemetry(engine, config, closing)
     ServedModels(engine, health, narrator).load(config, strict=config.server.strict)
+    keep_freed_memory(config.server, narrator)
     health.show_server(serving=True)
     return engine, telemetry.observer, health
 
