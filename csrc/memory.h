@@ -15,8 +15,8 @@
 //   To load a model takes large blocks of many sizes for a short time: copies of weights, and the
 //   activations of a few passes. From one heap they leave gaps between small blocks that stay, and
 //   glibc raises its threshold as they are freed, so that later ones come from the heap as well.
-//   With a fixed, low threshold each has pages of its own, which are returned at once. Loading
-//   efficientnet_v2_l had at most 1.9 GiB in RAM instead of 2.4 to 3.0, and took a third longer.
+//   With a fixed, low threshold each has pages of its own, which are returned at once. See
+//   docs/decisions/0007-the-allocator.md for what it saves and costs.
 #pragma once
 
 #include <cstdint>
@@ -34,9 +34,9 @@ struct MallocUsage {
 // Returns false if malloc can't do that.
 bool keep_memory(std::uint64_t bound);
 
-// Makes malloc map each block of `least` bytes or more separately, and return it when it is freed, until
-// `keep_memory` is called. Threads share the main heap from then on. Returns false if malloc can't
-// do that.
+// Makes malloc map each block of `least` bytes or more separately, and return it when it is freed,
+// until `keep_memory` is called. Threads share the main heap from then on. Returns false if malloc
+// can't do that.
 bool map_large_blocks(std::uint64_t least);
 
 // Returns every free page to the system. Returns false if malloc can't do that.

@@ -65,6 +65,8 @@ class Tally:
     failed: str = ""
     reasons: list[str] = field(default_factory=list)
     """Why layers were refused, for each of them."""
+    off: list[str] = field(default_factory=list)
+    """Values of a compiled plan that were wrong, which a server would refuse to serve."""
     unbuilt: list[str] = field(default_factory=list)
     """Why plans were refused when they were built."""
 
@@ -224,7 +226,7 @@ def _check(
         # Before a compiled plan serves, it is compared with the same reference on this very batch.
         # So such a request gets an error, and no client gets a wrong value.
         tally.failed = f"refused when built: {', '.join(tally.wrong[:3])}"
-        tally.unbuilt.append(tally.failed)
+        tally.off += tally.wrong
         tally.wrong.clear()
 
 

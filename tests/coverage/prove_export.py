@@ -46,7 +46,7 @@ class Row:
         right: Layers whose output was right.
         refused: Layers that the catalogue refuses, by the reason.
         unbuilt: Why packages were refused when they were built.
-        wrong: What was wrong.
+        wrong: What was wrong; a server would find it and refuse the package.
         error: Why nothing could be compared.
         seconds: How long it took.
     """
@@ -72,7 +72,7 @@ def prove_export(subject: Named, device: str) -> Row:
     row.seconds = round(found.seconds, 1)
     if not row.error:
         tally = found.tallies[Extractor.EXPORT]
-        row.values, row.right, row.wrong = tally.compared, tally.right, tally.wrong
+        row.values, row.right, row.wrong = tally.compared, tally.right, tally.off
         row.refused = dict(Counter(tally.reasons))
         row.unbuilt = tally.unbuilt
     return row
@@ -82,9 +82,10 @@ HEADER = """## Packages of EXPORT
 
 Every layer of every model above, by EXPORT, held against cloning hooks within the tolerance for
 compiled plans. All layers of a model are one package (several where their values are over 3 GiB)
-that is compiled for any number of items and run with two. A package with a wrong value counts as
-refused: a server compares each package before it serves. Random weights, the smallest of a few
-input sizes that the model takes. `make test-export` writes this section.
+that is compiled for any number of items and run with two. A server would refuse a package with a
+wrong value, as it compares each one before it serves; here wrong values are counted. Random
+weights, the smallest of a few input sizes that the model takes. `make test-export` writes this
+section.
 
 {groups}: {values} values compared, {right} layers right, **{wrong} wrong**.
 
