@@ -120,7 +120,8 @@ def prove(source: str, device: str = "cpu", order: Sequence[Extractor] = ORDER) 
     modules = (entry for entry in catalogue if entry.kind is PointKind.MODULE)
     # A further name of a layer is no further layer.
     entries = [entry for entry in modules if entry.calls and not entry.same_as]
-    row.layers = len(entries)
+    # Entries without an output are members of an input, such as a list of tensors: no layers.
+    row.layers = sum(Capture.OUTPUT in entry.points for entry in entries)
     row.nodes = sum(entry.kind is PointKind.NODE for entry in catalogue)
     row.silent = sum(not entry.calls for entry in catalogue)
     row.tallies = {extractor: Tally() for extractor in order}
