@@ -18,7 +18,15 @@ from layertap.errors import LayertapError
 __all__ = ["main"]
 
 
-_SERVER_PARTS = ("PIL", "prometheus_client", "safetensors", "simplejpeg", "torch", "torchvision")
+_SERVER_PARTS = (
+    "PIL",
+    "blake3",
+    "prometheus_client",
+    "safetensors",
+    "simplejpeg",
+    "torch",
+    "torchvision",
+)
 """Modules of the extra ``server``; without that extra, the package is only a client."""
 
 

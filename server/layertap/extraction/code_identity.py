@@ -43,6 +43,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from blake3 import blake3
 from torch import fx, nn
 
 __all__ = ["UnknownCodeError", "code_identity", "digest_of_tensor"]
@@ -104,11 +105,10 @@ def code_identity(module: nn.Module, *more: object) -> str:
 
 def digest_of_tensor(tensor: torch.Tensor) -> str:
     """Return a digest of a dense tensor's dtype, shape and content."""
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest = blake3(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
     raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     digest.update(raw.numpy().data)
-    return digest.hexdigest()
+    return digest.hexdigest(length=16)
 
 
 class _Walk:

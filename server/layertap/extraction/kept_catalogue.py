@@ -66,7 +66,7 @@ __all__ = ["CatalogueFile", "facts_of"]
 
 _log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 ITEMS = 2
 """Items of the batch whose pass is compared."""
 
@@ -98,7 +98,7 @@ class _Value:
         dtype: Its dtype.
         shape: Its shape.
         step: The distance between the sampled elements.
-        elements: Their bytes in base85.
+        elements: Their bytes in base64.
     """
 
     path: str
@@ -442,11 +442,11 @@ def _sampled(point: CapturePoint, value: torch.Tensor) -> _Value:
 
 def _text(tensor: torch.Tensor) -> str:
     raw = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
-    return base64.b85encode(raw.numpy().tobytes()).decode("ascii")
+    return base64.b64encode(raw.numpy().tobytes()).decode("ascii")
 
 
 def _tensor(text: str, dtype: torch.dtype) -> torch.Tensor:
-    data = bytearray(base64.b85decode(text))
+    data = bytearray(base64.b64decode(text))
     return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
 
 

@@ -18,9 +18,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
-from layertap.extraction.base import Values
+from layertap.extraction.base import BuiltExtractor, Values
 from layertap.extraction.guards import Outcome
 from layertap.extraction.kinds.base import CompiledKind
 from layertap.extraction.own_words import own_words
@@ -29,7 +29,7 @@ from layertap.extraction.plan_cache import PlanCache, PlanFile, fingerprint, pla
 from layertap.models import Batch, BatchKey, LoadedModel
 from layertap.selection import Extractor
 
-__all__ = ["KeptPrograms"]
+__all__ = ["KeptPrograms", "Part"]
 
 _log = logging.getLogger(__name__)
 
@@ -40,17 +40,31 @@ class _Wider:
 
     Attributes:
         pass_spec: What it captures.
-        program: The program, which is never finished.
+        built: The program, finished.
+        portable: Whether it may be tried at other sizes of the inputs.
         stored: Its file; None if nothing is stored.
         x: A batch.
         values: The reference values for that batch, in the order of the points.
     """
 
     pass_spec: PassSpec
-    program: Any
+    built: BuiltExtractor
+    portable: bool
     stored: PlanFile | None
     x: Batch
     values: Values
+
+
+class Part(NamedTuple):
+    """Part of a program for more layers.
+
+    Attributes:
+        built: The part.
+        portable: Whether it may be tried at other sizes of the inputs.
+    """
+
+    built: BuiltExtractor
+    portable: bool
 
 
 class KeptPrograms:
@@ -72,10 +86,7 @@ class KeptPrograms:
 
     @contextmanager
     def sharing(self) -> Iterator[None]:
-        """Make parts of the programs for several layers that are built in the block.
-
-        These programs and their weights stay in memory until the end of the block.
-        """
+        """Make parts of the programs for several layers that are built in the block."""
         self._wider = {}
         try:
             yield
@@ -95,33 +106,36 @@ class KeptPrograms:
         digest = plan_digest(self._fingerprint, kind, pass_spec, batch_key, outcome)
         return self._cache.file(digest)
 
-    def load(
+    def part(
         self,
         kind: CompiledKind[Any],
         pass_spec: PassSpec,
         batch_key: BatchKey,
         stored: PlanFile | None,
-    ) -> Any:
-        """Return the program of a file, or else part of one for more layers; None if there is none.
+    ) -> Part | None:
+        """Return part of a program for more layers; None if there is none.
 
         Args:
             kind: The program's kind.
             pass_spec: What it must capture.
             batch_key: The key of the batches that it must serve.
-            stored: Its file; None if nothing is stored.
+            stored: The file that the program would have; None if nothing is stored.
         """
-        program = stored.load(kind, self._model) if stored else None
-        if program is not None:
-            return program
         wider = self._wider_for(kind, pass_spec, batch_key)
         if wider is None:
             return None
         points = wider.pass_spec.points
         indexes = [points.index(point) for point in pass_spec.points]
-        part = kind.part(wider.program, indexes)
-        if part is not None and stored and wider.stored:
+        try:
+            part = kind.part(wider.built, indexes)
+        except Exception as error:  # noqa: BLE001 - then the layer gets a program of its own
+            _log.info("model %s: no part is made: %s", self._model.name, own_words(error))
+            return None
+        if part is None:
+            return None
+        if stored and wider.stored:
             stored.is_part(wider.stored, indexes)
-        return part
+        return Part(part, wider.portable)
 
     def reference(
         self, kind: CompiledKind[Any], pass_spec: PassSpec, x: Batch
@@ -133,38 +147,31 @@ class KeptPrograms:
         points = wider.pass_spec.points
         return wider.x, [wider.values[points.index(point)] for point in pass_spec.points]
 
-    def spare(self, kind: CompiledKind[Any], pass_spec: PassSpec, program: Any) -> Any:
-        """Return a copy of an unfinished program to make parts of; None if none will be made."""
-        several = len(pass_spec.points) > 1 and not pass_spec.sites and not pass_spec.objective
-        if self._wider is None or not several:
-            return None
-        try:
-            return kind.part(program, range(len(pass_spec.points)))
-        except Exception as error:  # noqa: BLE001 - then each layer gets a program of its own
-            _log.info("model %s: no parts are made: %s", self._model.name, own_words(error))
-            return None
-
     def offer(
         self,
         kind: CompiledKind[Any],
         pass_spec: PassSpec,
-        spare: Any,
+        built: BuiltExtractor,
         stored: PlanFile | None,
         case: tuple[Batch, Values],
+        *,
+        portable: bool,
     ) -> None:
         """Let parts be made of a program that was just proven.
 
         Args:
             kind: The program's kind.
             pass_spec: What it captures.
-            spare: What ``spare`` returned for it.
+            built: The program, finished.
             stored: Its file; None if nothing is stored.
             case: A batch, and the reference values for it.
+            portable: Whether it may be tried at other sizes of the inputs.
         """
-        if self._wider is not None and spare is not None:
+        several = len(pass_spec.points) > 1 and not pass_spec.sites and not pass_spec.objective
+        if self._wider is not None and several:
             x, values = case
             key = (kind.id, x.key)
-            self._wider.setdefault(key, _Wider(pass_spec, spare, stored, x, values))
+            self._wider.setdefault(key, _Wider(pass_spec, built, portable, stored, x, values))
 
     def _wider_for(
         self, kind: CompiledKind[Any], pass_spec: PassSpec, batch_key: BatchKey

@@ -46,7 +46,7 @@ from layertap.extraction.edit_plan import EditPlanner
 from layertap.extraction.gate import no_forward_pass
 from layertap.extraction.gradient_plan import GradientPlanner
 from layertap.extraction.guards import Look, Outcome, Tape, in_words, is_subsequence
-from layertap.extraction.kept_programs import KeptPrograms
+from layertap.extraction.kept_programs import KeptPrograms, Part
 from layertap.extraction.kinds.base import (
     BuildContext,
     CompiledKind,
@@ -129,6 +129,46 @@ class _Proof:
         for x, expected in self.cases:
             prove(self.kind, built, self.pass_spec.points, x, expected)
             yield None
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A program that is to be proven.
+
+    Attributes:
+        kind: Its kind.
+        program: As the kind made or loaded it, unfinished; None for a part.
+        part: Part of a proven and finished program, which needs no finishing; None for a program.
+        unsafe: Whether it must run in a child process first.
+        portable: Whether it may be tried at other sizes of the inputs.
+    """
+
+    kind: CompiledKind[Any]
+    program: Any
+    part: BuiltExtractor | None
+    unsafe: bool
+    portable: bool
+
+    @classmethod
+    def of_program(cls, kind: CompiledKind[Any], program: Any) -> _Candidate:
+        """Return the candidate of an unfinished program."""
+        unsafe = kind.may_end_the_process(program)
+        portable = not kind.is_for_one_size(program) and (kind.checks_sizes or not unsafe)
+        return cls(kind, program, None, unsafe, portable)
+
+    @classmethod
+    def of_part(cls, kind: CompiledKind[Any], part: Part) -> _Candidate:
+        """Return the candidate of a part: the whole has run the same operations in a child."""
+        return cls(kind, None, part.built, unsafe=False, portable=part.portable)
+
+    @property
+    def kept_proof_holds(self) -> bool:
+        """Whether a kept proof says that it does not end the process."""
+        return self.part is not None or self.kind.kept_proof_holds(self.program)
+
+    def finished(self, example: Batch) -> BuiltExtractor:
+        """Return what serves; the program can't be saved any more."""
+        return self.part or self.kind.finish(self.program, example)
 
 
 class _Purpose(NamedTuple):
@@ -322,23 +362,23 @@ class PlanBuilder:
         stored = self.kept.file(kind, key.pass_spec, x.key)
         if not stored or not self._facts or key.batch_key != self._model.signature.key:
             return None
-        program = self.kept.load(kind, key.pass_spec, x.key, stored)
-        if program is None or not kind.kept_proof_holds(program):
+        candidate = self._stored(kind, key.pass_spec, x.key, stored)
+        if candidate is None or not candidate.kept_proof_holds:
+            return None
+        sizes = stored.proven_sizes(self._facts)
+        if not sizes:
             return None
         yield None
         try:
             known = self.kept.reference(kind, key.pass_spec, x)
             case = known or (x, self.prover.truth(key.pass_spec, x))
-            sizes = stored.proven_sizes(self._facts)  # Last: meanwhile the file is digested.
-            if not sizes:
-                return None
             proof = _Proof(kind, key.pass_spec, [case])
-            built = yield from self._warm(kind, program, proof, stored, apart=False)
+            built = yield from self._warm(candidate, proof, apart=False)
         except (ExtractorUnsupportedError, InvalidInputError) as error:
             _log.warning("model %s: a kept proof no longer holds: %s", self._model.name, error)
             stored.forget()
             return None
-        self._offer(kind, program, built, proof)
+        self._share(candidate, built, proof, stored)
         specs = tuple(self._catalogue.specs[point] for point in points)
         return Plan(kind, key.pass_spec, key.batch_key, specs, built, Findings(sizes))
 
@@ -377,17 +417,16 @@ class PlanBuilder:
         self, kind: CompiledKind[Any], proof: _Proof, *, keep: bool
     ) -> Generator[Pause | None, None, BuiltExtractor]:
         """Return a compiled, proven and warm extractor: the stored one, or else a new one."""
-        stored = program = None
+        stored = candidate = None
         if keep:
             what = (kind, proof.pass_spec, proof.example.key)
             stored = self.kept.file(*what, proof.outcome)
-            program = self.kept.load(*what, stored)
-        if program is not None:
-            portable = not proof.outcome and self._is_portable(kind, program)
+            candidate = self._stored(*what, stored)
+        if candidate is not None:
             try:
-                built = yield from self._warm(kind, program, proof, stored)
-                if portable:
-                    self._offer(kind, program, built, proof)
+                built = yield from self._warm(candidate, proof)
+                if not proof.outcome:
+                    self._share(candidate, built, proof, stored)
                 self._keep_proof(stored, proof)
                 return built
             except ExtractorUnsupportedError:
@@ -416,39 +455,45 @@ class PlanBuilder:
         except ProgramEndedError as error:
             reason = f"compiling failed ({error})"
             raise self._refusal(kind, proof.pass_spec, reason) from error
-        portable = (general or not proof.outcome) and self._is_portable(kind, program)
+        candidate = _Candidate.of_program(kind, program)
         with stored.storing(kind, program) if stored else nullcontext():
-            built = yield from self._warm(kind, program, proof, stored)
-        if portable:
-            self._offer(kind, program, built, proof)
+            built = yield from self._warm(candidate, proof)
+        if general or not proof.outcome:
+            self._share(candidate, built, proof, stored)
         self._keep_proof(stored, proof)
         if general:
             self._general[PlanKey(kind.id, proof.pass_spec, proof.example.key)] = built
         return built
 
-    def _warm(
+    def _stored(
         self,
         kind: CompiledKind[Any],
-        program: Any,
-        proof: _Proof,
+        pass_spec: PassSpec,
+        batch_key: BatchKey,
         stored: PlanFile | None,
-        *,
-        apart: bool = True,
+    ) -> _Candidate | None:
+        """Return the program of a file, or part of one for more layers; None if there is none."""
+        program = stored.load(kind, self._model) if stored else None
+        if program is not None:
+            return _Candidate.of_program(kind, program)
+        part = self.kept.part(kind, pass_spec, batch_key, stored)
+        return None if part is None else _Candidate.of_part(kind, part)
+
+    def _warm(
+        self, candidate: _Candidate, proof: _Proof, *, apart: bool = True
     ) -> Generator[Pause | None, None, BuiltExtractor]:
         """Finish, prove and warm a program. Any exception means that this plan can't be built.
 
         Args:
-            kind: The kind that compiled it.
-            program: The program.
+            candidate: The program.
             proof: What it is compared with.
-            stored: Its file; None if it is not stored.
             apart: Whether a program that could end the process runs in a child process first.
         """
+        kind = candidate.kind
         try:
-            if apart and kind.may_end_the_process(program):
-                yield from self._tried_apart(kind, program, proof)
-            spare = None if proof.outcome else self.kept.spare(kind, proof.pass_spec, program)
-            built = kind.finish(program, proof.example)
+            if apart and candidate.unsafe:
+                yield from self._tried_apart(kind, candidate.program, proof)
+            built = candidate.finished(proof.example)
             yield None
             yield from proof.steps(built)
             # Comparing has run it as well; after other sizes it may be slow again at this one.
@@ -458,7 +503,6 @@ class PlanBuilder:
             for _ in range(kind.warm_up_runs - ran):
                 built.run(proof.example.clone(), lambda index, value: None)
                 yield None
-            self.kept.offer(kind, proof.pass_spec, spare, stored, proof.cases[0])
         except (LayertapError, GeneratorExit):
             raise
         except Exception as error:
@@ -503,21 +547,22 @@ class PlanBuilder:
                 return built
         return None
 
-    def _is_portable(self, kind: CompiledKind[Any], program: Any) -> bool:
-        """Return whether a program may be tried at other sizes."""
-        if kind.is_for_one_size(program):
-            return False
-        return kind.checks_sizes or not kind.may_end_the_process(program)
-
-    def _offer(
-        self, kind: CompiledKind[Any], program: Any, built: BuiltExtractor, proof: _Proof
+    def _share(
+        self,
+        candidate: _Candidate,
+        built: BuiltExtractor,
+        proof: _Proof,
+        stored: PlanFile | None,
     ) -> None:
-        """Let a proven program be tried at other sizes."""
-        self._portable[built] = _Purpose.of(kind, proof)
-        # Other kinds offer only what can't end the process; and as such a program is finished by
-        # now, which may have changed it, it can no longer be asked.
-        if kind.checks_sizes and kind.may_end_the_process(program):
-            self._tried_first[built] = program
+        """Let a proven program be tried at other sizes, and parts be made of it."""
+        kind, portable = candidate.kind, candidate.portable
+        if not proof.outcome:
+            case = proof.cases[0]
+            self.kept.offer(kind, proof.pass_spec, built, stored, case, portable=portable)
+        if portable:
+            self._portable[built] = _Purpose.of(kind, proof)
+            if candidate.unsafe:
+                self._tried_first[built] = candidate.program
 
     def _tried_apart(
         self, kind: CompiledKind[Any], program: Any, proof: _Proof

@@ -1,4 +1,4 @@
-"""Makes programs for some of the values that a frozen TorchScript program returns."""
+"""Makes programs for some of the values that a TorchScript program returns."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def part_of(program: torch.jit.ScriptModule, indexes: Sequence[int]) -> torch.ji
     ``kinds.torchscript``.
 
     Args:
-        program: A frozen program that returns a tuple of tensors. It is not changed.
+        program: A frozen program that returns a tuple of tensors. It may be optimised already, and
+            is not changed.
         indexes: Which of these tensors to return, in that order; at least one.
 
     Raises:

@@ -18,6 +18,7 @@ from layertap.models.loaded import Built
 from layertap.models.seeding import seeded
 from layertap.models.torchvision_catalogue import Builder, Family, find_builder
 from layertap.models.torchvision_inputs import input_spec, preprocess
+from layertap.models.unfilled import built_with_weights
 from layertap.models.weights import (
     RANDOM,
     likely_state,
@@ -86,9 +87,16 @@ def _with_file(builder: Builder, path: str, key: str) -> tuple[nn.Module, str]:
     published = builder.published(path)
     if published and builder.name in {"googlenet", "inception_v3"}:
         options["transform_input"] = True
-    with seeded(0):
-        module = _build(builder, options)
-    text = load_checkpoint(module, checkpoint, key)
+    text = ""
+
+    def build() -> nn.Module:
+        nonlocal text
+        with seeded(0):
+            module = _build(builder, options)
+        text = load_checkpoint(module, checkpoint, key)
+        return module
+
+    module = built_with_weights(build)
     if builder.name == "googlenet":
         _drop_auxiliary_heads(module)
     if PurePath(path).name in _ZERO_EPSILON:
@@ -102,9 +110,13 @@ def _with_member(builder: Builder, member: Any) -> nn.Module:
     """Let torchvision build and load the model: some weights need more than their state dict."""
     cached = Path(torch.hub.get_dir(), "checkpoints", PurePath(member.url).name)
     was_cached = cached.exists()
-    try:
+
+    def build() -> nn.Module:
         with seeded(0):
             return builder.build(weights=member, progress=sys.stderr.isatty())
+
+    try:
+        return built_with_weights(build)
     # HTTPError, URLError and socket errors are OSErrors. A wrong hash and a damaged or foreign file
     # are RuntimeErrors or other exceptions of torch's unpickler.
     except (

@@ -378,17 +378,19 @@ class CompiledKind(ExtractorKind, Generic[P]):
                 only.
         """
 
-    def part(self, program: P, indexes: Sequence[int]) -> P | None:
-        """Return an unfinished program that returns some values of another one only.
+    def part(self, built: BuiltExtractor, indexes: Sequence[int]) -> BuiltExtractor | None:
+        """Return an extractor of some values of another one only, which shares its weights.
+
+        Any exception means that it can't be made.
 
         Args:
-            program: An unfinished program that returns one value for each point. It is not changed.
-            indexes: Which values to return, in that order.
+            built: An extractor that ``finish`` returned. It is not changed.
+            indexes: Which of its points to serve, in that order.
 
         Returns:
-            The program, or None if this kind can't make one.
+            The extractor, or None if this kind can't make one.
         """
-        del program, indexes
+        del built, indexes
         return None
 
     @abstractmethod
