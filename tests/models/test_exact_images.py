@@ -104,6 +104,32 @@ def test_steps_of_every_kind_equal_the_reference(steps: Steps, mode: str, encode
             assert torch.equal(images_for(preprocess, data)[0], expected)
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("name", exact_images.FILTERS)
+def test_every_size_has_pillows_pixels(mode: str, name: str) -> None:
+    """Odd and even numbers of taps, rows and columns, and windows at every place."""
+    draw = np.random.default_rng([len(name), len(mode)])
+    for _ in range(60):
+        # A large shrink has many taps, whose sums go beyond 16 bits many times over.
+        most = 700 if draw.random() < 0.1 else 120
+        height, width, new_height, new_width = draw.integers(1, (most, most, 100, 100)).tolist()
+        noise = draw.integers(0, 256, (height, width, 3), np.uint8)
+        noise = noise if draw.random() < 0.5 else noise // 128 * 255
+        image = Image.fromarray(noise).convert(mode)
+        top, left = draw.integers(0, (new_height, new_width)).tolist()
+        rows, columns = draw.integers(1, (new_height - top + 1, new_width - left + 1)).tolist()
+        pixels = exact_images.pixels_of(image)
+        channels = pixels.shape[2]
+        target = np.empty((channels, rows, columns), np.float32)
+        tables = np.tile(np.arange(256, dtype=np.float32), (channels, 1))
+        kept = exact_images.Kept((new_height, new_width), (top, left, rows, columns))
+        exact_images.convert(pixels, kept, name, tables, target)
+        resized = image.resize((new_width, new_height), exact_images.FILTERS[name])
+        expected = np.atleast_3d(resized)[top : top + rows, left : left + columns]
+        used = expected.shape[2]
+        assert np.array_equal(np.moveaxis(target, 0, -1)[..., :used], expected), (image.size, kept)
+
+
 @pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
 @pytest.mark.parametrize("progressive", [False, True])
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
