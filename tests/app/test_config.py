@@ -58,8 +58,8 @@ precision = "bfloat16"
 channels_last = true
 cuda_graphs = [1, 8]
 image_mean = [0.5, 0.4, 0.3]
-image_std = [1]
-image_resize = [60]
+image_std = 1
+image_resize = 60
 image_crop = []
 image_interpolation = "bicubic"
 image_color = "gray"
@@ -251,8 +251,8 @@ def test_layers_are_written_as_they_are_read() -> None:
             "line 3: models[0].layers: got ['layer1', 3], expected a list of layers",
         ),
         (
-            "[[models]]\nsource = 'a'\nimage_mean = 0.5",
-            "line 3: models[0].image_mean: got 0.5, expected a list with a number for each channel",
+            "[[models]]\nsource = 'a'\nimage_mean = '0.5'",
+            "line 3: models[0].image_mean: got '0.5', expected a number, or a list with one",
         ),
         (
             "[[models]]\nsource = 'a'\nimage_std = [0.5, 0]",
@@ -260,7 +260,7 @@ def test_layers_are_written_as_they_are_read() -> None:
         ),
         (
             "[[models]]\nsource = 'a'\nimage_crop = [0]",
-            "line 3: models[0].image_crop: got [0], expected a list of one size",
+            "line 3: models[0].image_crop: got [0], expected a size, a list of height",
         ),
         (
             "[[models]]\nsource = 'a'\nimage_color = 'bgr'",

@@ -151,6 +151,7 @@ def many(
     parse: Callable[[str], Any],
     *,
     none: bool = False,
+    one: bool = False,
     least: int = 0,
     most: int | None = None,
 ) -> ValueKind:
@@ -163,6 +164,7 @@ def many(
         metavar: See ValueKind.
         parse: Converts the text of one item; raises ValueError if it can't.
         none: Whether the word "none" on the command line means an empty list.
+        one: Whether a single item may be written without a list.
         least: Minimum number of items.
         most: Maximum number of items; None for no limit.
     """
@@ -172,10 +174,13 @@ def many(
             return ()
         return tuple(parse(part) for part in value.split(","))
 
+    # mypy takes `item` for a value.
+    items: Any = Annotated[tuple[item, ...], Meta(min_length=least, max_length=most)]
     return ValueKind(
-        Annotated[tuple[item, ...], Meta(min_length=least, max_length=most)],
+        items | item if one else items,
         expected,
         metavar,
+        from_raw=(lambda raw: raw if isinstance(raw, tuple) else (raw,)) if one else _same,
         from_text=from_text,
         expected_text=expected_text,
     )
@@ -243,19 +248,21 @@ SIZES = many(
 )
 IMAGE_SIZE = many(
     _POSITIVE,
-    "a list of one size or of height and width, or an empty one for none",
+    "a size, a list of height and width, or an empty list for none",
     "positive sizes such as 224 or 224,224, or none",
     "N|H,W",
     int,
     none=True,
+    one=True,
 )
 CHANNELS = many(
     float,
-    "a list with a number for each channel, such as [0.5, 0.5, 0.5]",
+    "a number, or a list with one for each channel, such as [0.5, 0.5, 0.5]",
     "numbers such as 0.485,0.456,0.406, or none",
     "X,X,X",
     float,
     none=True,
+    one=True,
 )
 DIMENSIONS = many(
     _FROM_ZERO,
