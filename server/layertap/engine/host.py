@@ -48,6 +48,7 @@ from layertap.extraction.taps import Taps
 from layertap.extraction.towers import check_tower
 from layertap.extraction.trial import tried
 from layertap.intervention import SiteKey
+from layertap.listing import listed
 from layertap.malloc import return_memory
 from layertap.models import Batch, BatchKey, LoadedModel
 from layertap.models.compiler_import import import_compiler
@@ -76,9 +77,6 @@ MAX_OUTCOMES = 8
 Code that looks at a length, for example, has an outcome for each length; requests of any other
 outcome are served by HOOK.
 """
-
-MAX_NAMED = 8
-"""Layers that a note about a plan lists by name."""
 
 MAX_DECLARED_OUTCOMES = 4
 """Maximum number of outcomes for which a declared layer set is compiled at the start."""
@@ -626,7 +624,7 @@ class ModelHost:
         if not self.compute.run(partial(prover.prove_shared, plan), Call()):
             _log.warning(
                 "model %s: requests for %s don't share passes: the items of a batch are not "
-                "independent", self.model.name, ", ".join(point.path for point in plan.points),
+                "independent", self.model.name, self._names_of(plan),
             )  # fmt: skip
             return
         doubling = {*(1 << bit for bit in range(1, (most - 1).bit_length())), most}
@@ -659,9 +657,7 @@ class ModelHost:
             )
 
     def _names_of(self, plan: Plan) -> str:
-        names = [self.catalogue.name_of(point) for point in plan.points]
-        more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-        return f"{', '.join(names[:MAX_NAMED])}{more}"
+        return listed(map(self.catalogue.name_of, plan.points))
 
     def _record(self, plan: Plan) -> Plan:
         """Return a declared plan that replays the batch sizes of the option ``cuda_graphs``."""
@@ -672,7 +668,7 @@ class ModelHost:
         replayed, recorded = self.compute.run(record, Call())
         _log.info(
             "model %s: CUDA graphs of %s at batch sizes %s",
-            self.model.name, ", ".join(point.path for point in plan.points), recorded,
+            self.model.name, self._names_of(plan), recorded,
         )  # fmt: skip
         return replayed
 

@@ -21,6 +21,7 @@ from layertap.extraction.catalogue import Catalogue
 from layertap.extraction.padding import TokenAxis
 from layertap.extraction.padding_proof import PADDING_TOLERANCE, PaddingFindings
 from layertap.extraction.pass_spec import PassSpec
+from layertap.listing import listed
 from layertap.models import Batch
 from layertap.selection import Capture
 from layertap.settings import BatchPolicy
@@ -159,6 +160,5 @@ class Lengths:
         )
         if not refused:
             return words
-        listed = ", ".join(f"{name!r} ({why})" for name, why in refused[:MAX_LISTED])
-        more = f" and {len(refused) - MAX_LISTED} others" if len(refused) > MAX_LISTED else ""
-        return f"{words}; not in {listed}{more}"
+        left_out = listed((f"{name!r} ({why})" for name, why in refused), MAX_LISTED)
+        return f"{words}; not in {left_out}"

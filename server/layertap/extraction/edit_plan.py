@@ -42,6 +42,7 @@ from layertap.extraction.prover import Prover
 from layertap.extraction.samples import ordinary_batch
 from layertap.extraction.taps import Edit, Watch
 from layertap.extraction.verify import compiled_tolerance, mismatch
+from layertap.listing import listed
 from layertap.models import Batch
 from layertap.selection import Capture
 
@@ -327,7 +328,7 @@ class _Trial:
         return changed
 
     def _refused(self, reason: str) -> ExtractorUnsupportedError:
-        sites = ", ".join(repr(point_name(point)) for point in self._sites)
+        sites = listed(repr(point_name(point)) for point in self._sites)
         return ExtractorUnsupportedError(
             f"interventions on {sites} of model {self._name!r}: the model can't go on with a copy "
             f"of a value there: {reason}"
@@ -347,7 +348,7 @@ class _Trial:
                 for one, other in zip(found, truth, strict=True)
             ):
                 return
-        asked = ", ".join(repr(point_name(each)) for each in self._asked)
+        asked = listed(repr(point_name(each)) for each in self._asked)
         raise InvalidInputError(
             f"interventions: no requested layer ({asked}) depends on {point_name(point)!r}; "
             f"request a layer behind it"

@@ -56,6 +56,7 @@ from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.points import CapturePoint, PointKind, Sink, ValueSpec
 from layertap.extraction.sweeps import Base, SentBaseline, SweepTotal, SweptPass, steps_of
 from layertap.extraction.taps import Edit, Watch
+from layertap.listing import listed
 from layertap.models import Batch
 from layertap.selection import Method, Sweep
 
@@ -621,7 +622,7 @@ class _Pass:
         return found
 
     def _independent(self, point: CapturePoint, reason: str) -> str:
-        terms = ", ".join(repr(point_name(term.point)) for term in self._terms)
+        terms = listed(repr(point_name(term.point)) for term in self._terms)
         return (
             f"objective: {terms} does not depend on layer {point_name(point)!r} on this input "
             f"({reason}), so there is no gradient"

@@ -39,6 +39,7 @@ from torch._C import _functorch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from layertap.extraction.leaves import leaves
+from layertap.listing import listed
 from layertap.models import Batch
 
 __all__ = [
@@ -509,9 +510,7 @@ def why_not(look: Look, elements: int) -> str:
 
 def in_words(outcome: Outcome) -> str:
     """Return an outcome as text for messages."""
-    most = 8
-    shown = ", ".join(each if len(each) <= 40 else f"{each[:37]}..." for each in outcome[:most])
-    return shown if len(outcome) <= most else f"{shown} and {len(outcome) - most} more"
+    return listed(each if len(each) <= 40 else f"{each[:37]}..." for each in outcome)
 
 
 def is_fraction(value: str) -> bool:

@@ -47,6 +47,7 @@ from layertap.extraction.survey import (
 )
 from layertap.extraction.symbolic import Trace, trace
 from layertap.extraction.towers import placed_in_towers, survey_towers
+from layertap.listing import listed
 from layertap.models import Batch, LoadedModel, Signature, Tower
 from layertap.selection import SIDES, Capture, Extractor
 
@@ -262,10 +263,9 @@ def _notes(findings: Measurement, entries: Mapping[str, LayerEntry]) -> Iterator
         )
     varying = sorted(findings.varying)
     if varying:
-        more = f" and {len(varying) - _MAX_NAMED} more" if len(varying) > _MAX_NAMED else ""
         yield (
             f"some layers run only for some inputs, and a request for one that does not run fails: "
-            f"{', '.join(map(repr, varying[:_MAX_NAMED]))}{more}"
+            f"{listed(map(repr, varying), _MAX_NAMED)}"
         )
     random = _first(entries, findings.random)
     if random:

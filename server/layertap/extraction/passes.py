@@ -40,6 +40,7 @@ from layertap.extraction.state import Change, Snapshot, Watch
 from layertap.extraction.survey import HookSurvey, survey_hooks
 from layertap.extraction.taps import StopForward, observe
 from layertap.extraction.writes import each_line
+from layertap.listing import listed
 from layertap.malloc import return_memory
 from layertap.models import Batch, LoadedModel
 from layertap.selection import Capture
@@ -407,10 +408,7 @@ def _stateful(rules: PassRules) -> PassRules:
 
 
 def _named(paths: Sequence[str]) -> str:
-    shown = ", ".join(map(repr, paths[:MAX_LISTED_PATHS]))
-    return shown + (
-        f" and {len(paths) - MAX_LISTED_PATHS} more" if len(paths) > MAX_LISTED_PATHS else ""
-    )
+    return listed(map(repr, paths), MAX_LISTED_PATHS)
 
 
 def _agrees(model: LoadedModel, x: Batch, values: Mapping[CapturePoint, KeptValue]) -> bool:

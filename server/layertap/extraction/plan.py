@@ -16,6 +16,7 @@ from layertap.extraction.kinds.base import ExtractorKind
 from layertap.extraction.operands import Operands
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.points import CapturePoint, ValueSpec
+from layertap.listing import listed
 from layertap.models import BatchKey
 from layertap.selection import Extractor
 
@@ -230,5 +231,5 @@ class Plan:
 
 
 def quoted(points: Sequence[CapturePoint]) -> str:
-    """Return the paths of points, quoted for an error message."""
-    return ", ".join(repr(point.path) for point in points)
+    """Return the paths of the first points, quoted for an error message."""
+    return listed(dict.fromkeys(repr(point.path) for point in points))

@@ -19,6 +19,7 @@ from layertap.extraction.grid import survey_grids
 from layertap.extraction.layout import Layout
 from layertap.extraction.points import CapturePoint, ValueSpec
 from layertap.extraction.survey import HookSurvey, survey_hooks
+from layertap.listing import listed
 from layertap.models import Batch, BatchKey, LoadedModel, Signature, Tower
 
 __all__ = ["check_tower", "placed_in_towers", "survey_towers"]
@@ -106,11 +107,10 @@ def check_tower(
     if not missing:
         return
     names = [repr(catalogue.names.get(point, point.path)) for point in missing]
-    more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
     needed = _needed(signature, catalogue, missing)
     wanted = [name for name in needed if name not in given]
     raise InvalidInputError(
-        f"layers: {', '.join(names[:_MAX_NAMED])}{more} need {' and '.join(map(repr, needed))}, "
+        f"layers: {listed(names, _MAX_NAMED)} need {' and '.join(map(repr, needed))}, "
         f"but the request has only {' and '.join(map(repr, given))}; send "
         f"{' and '.join(map(repr, wanted))} too, or leave these layers out"
     )

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from layertap.errors import WeightsUnavailableError
+from layertap.listing import listed
 from layertap.models.checkpoint_files import NOT_A_STATE_DICT, Checkpoint
 from layertap.models.stand_ins import StandIn
 
@@ -144,9 +145,7 @@ def held_in(contents: Any) -> str:
     """Describe what a checkpoint holds, such as ``"state_dict (102 tensors), epoch"``."""
     if not isinstance(contents, Mapping):
         return _kind(contents)
-    entries = [f"{key} ({_kind(value)})" for key, value in list(contents.items())[:_NAMED]]
-    more = len(contents) - len(entries)
-    return ", ".join(entries) + (f" and {more} more" if more > 0 else "")
+    return listed((f"{key} ({_kind(value)})" for key, value in contents.items()), _NAMED)
 
 
 def may_be_weights(key: object, value: Any) -> bool:

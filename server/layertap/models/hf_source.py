@@ -30,6 +30,7 @@ import torch
 from torch import nn
 
 from layertap.errors import LayertapError, ModelLoadError, WeightsUnavailableError
+from layertap.listing import listed
 from layertap.models.arguments import parameters_of
 from layertap.models.hf_audio import audio_inputs_of, audio_of_folder
 from layertap.models.hf_folder import folder_of, not_installed, public_name
@@ -291,9 +292,7 @@ def _own_memory(module: nn.Module) -> None:
 
 
 def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return f"{', '.join(names[:_NAMED])}{more}"
+    return listed(names, _NAMED)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from layertap.errors import ConfigError, ModelLoadError
+from layertap.listing import listed
 from layertap.models.arguments import Arguments, ParameterKind, parameters_of
 from layertap.models.checkpoint_files import config_folder
 from layertap.models.companions import companions
@@ -116,7 +117,7 @@ def _into_evaluation_mode(module: nn.Module, name: str) -> None:
     if left:
         _log.warning(
             "model %s: its own eval() left %s in training mode; layertap serves every module in "
-            "evaluation mode", name, ", ".join(path for path, _ in left[:MAX_LISTED_MODULES]),
+            "evaluation mode", name, listed((path for path, _ in left), MAX_LISTED_MODULES),
         )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from layertap.errors import WeightsUnavailableError
+from layertap.listing import listed
 from layertap.models.checkpoint import (
     Part,
     StateDict,
@@ -209,8 +210,7 @@ def _mismatch(origin: str, groups: Iterable[tuple[str, list[str]]]) -> WeightsUn
     parts = []
     for title, entries in groups:
         if entries:
-            more = f" and {len(entries) - _NAMED} more" if len(entries) > _NAMED else ""
-            parts.append(f"{title}: {', '.join(entries[:_NAMED])}{more}")
+            parts.append(f"{title}: {listed(entries, _NAMED)}")
     return WeightsUnavailableError(
         f"weights {origin} don't fit the model: {'; '.join(parts)}. Use weights of exactly this "
         "architecture, or build yours in a factory 'package.module:function'"
