@@ -2,10 +2,11 @@
 
 Note [Random numbers that nobody sees]
     A module fills its parameters with random numbers when it is made. If it gets its weights from a
-    file, they are overwritten, and were drawn for nothing: 0.4 s of resnet50, which draws two sets
-    of them. So they are left out while such a module is made, and its parameters have no defined
-    value until they are loaded. Only the file decides what they are, since every parameter must be
-    in it; one that was not written makes the module be built again, with its random numbers.
+    file, they are overwritten, and were drawn for nothing: most of the 0.4 s in which resnet50 is
+    built, as it draws two sets of them. So they are left out while such a module is made, and its
+    parameters have no defined value until they are loaded. Only the file decides what they are,
+    since every parameter must be in it; one that was not written makes the module be built again,
+    with its random numbers.
 
     This is for libraries whose modules are known. The code of a user's factory may compute
     something else from its random weights.
