@@ -92,6 +92,8 @@ bench: .venv/.built ## what layers and replies cost, in minutes; writes benchmar
 	$(BIN)/python -W ignore benchmarks/bench_matrix.py
 	$(BIN)/python -W ignore benchmarks/bench_races.py
 	$(BIN)/python -W ignore benchmarks/bench_packages.py
+	$(BIN)/python -W ignore benchmarks/bench_start.py
+	$(BIN)/python -W ignore benchmarks/bench_first_runs.py
 	$(BIN)/python -W ignore benchmarks/bench_wire.py --rounds 8 $(ARGS)
 	$(BIN)/python -W ignore benchmarks/bench_server.py
 	$(BIN)/python -W ignore benchmarks/bench_encode.py

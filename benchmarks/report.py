@@ -411,6 +411,30 @@ seconds, median (quartiles):
 {restarted}
 """
 
+START = """
+## How long does a restart take?
+
+[bench_start.py](bench_start.py): seconds from the start of a process, median (quartiles) of
+{rounds} in turns. Plain PyTorch imports torch and torchvision, builds resnet50, loads its weights
+from a file and runs it once under hooks on {layers}. The server has the same weights, declares
+these layers and finds the plan cache of an earlier start; it is ready once their values were
+compared and their programs are warm. It takes **{ratio} times** as long as plain PyTorch. Its
+answers were compared with the hooks' values. Machine: {facts}.
+
+{table}
+"""
+
+FIRST_RUNS = """
+## What do a program's first runs cost?
+
+[bench_first_runs.py](bench_first_runs.py): a TorchScript program's first three runs and its later
+ones on this CPU, in milliseconds at batch 1, with torch's profiling executor and without it, as
+layertap runs it. First runs are medians of {copies} fresh copies, later ones medians (quartiles) of
+{rounds} runs; both ways took turns, and their outputs are equal bit by bit. Machine: {facts}.
+
+{table}
+"""
+
 MEMORY = """
 ## Does a server's memory level off?
 
@@ -995,6 +1019,43 @@ def _packages(results: dict[str, Any], folder: Path) -> str:
     )
 
 
+def _start(results: dict[str, Any], folder: Path) -> str:
+    return START.format(
+        rounds=results["rounds"],
+        layers=", ".join(f"`{layer}`" for layer in results["layers"]),
+        ratio=_quartiles(results["times_as_long_as_plain"]),
+        facts=_facts(results["machine"]),
+        table=_table(
+            ["", "s"], [[way, _quartiles(row)] for way, row in results["seconds"].items()]
+        ),
+    )
+
+
+def _first_runs(results: dict[str, Any], folder: Path) -> str:
+    table = [
+        [
+            name,
+            *(
+                cell
+                for row in ways.values()
+                for cell in (
+                    ", ".join(f"{each:.0f}" for each in row["first_ms"]),
+                    _quartiles(row["later_ms"]),
+                )
+            ),
+        ]
+        for name, ways in results["models"].items()
+    ]
+    ways = list(next(iter(results["models"].values())))
+    head = ["", *(cell for way in ways for cell in (f"{way}: first three", f"{way}: later"))]
+    return FIRST_RUNS.format(
+        copies=results["copies"],
+        rounds=results["rounds"],
+        facts=_facts(results["machine"]),
+        table=_table(head, table),
+    )
+
+
 def _images(results: dict[str, Any], folder: Path) -> str:
     parts = {"decode a JPEG, 512 × 600": results["decoders"], **results["ways"]}
     parts[f"{results['count']} of them"] = results["batch"]
@@ -1135,6 +1196,8 @@ SECTIONS: dict[str, Section] = {
     "matrix_tf32": _matrix_tf32,
     "races": _races,
     "packages": _packages,
+    "start": _start,
+    "first_runs": _first_runs,
     "graphs": _graphs,
     "server": _server,
     "peers": _peers,

@@ -63,7 +63,11 @@ class TorchExportKind(CompiledKind[torch.export.ExportedProgram]):
     """Serves a layer set with an exported program, which has the model's own operations."""
 
     id = Extractor.TORCH_EXPORT
-    warm_up_runs = 1
+
+    def warm_up_runs(self, device: torch.device) -> int:
+        """See ExtractorKind."""
+        del device
+        return 1
 
     def tolerance(self, reference: torch.Tensor) -> float:
         """See ExtractorKind; nothing is fused or folded."""

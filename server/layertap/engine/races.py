@@ -147,7 +147,7 @@ class Races:
             return
         x = self._compute.run(partial(self._sample, plans[0], size), self._call)
         for plan in plans:  # The first passes of a program at a batch size are slow.
-            for _ in range(plan.kind.warm_up_runs):
+            for _ in range(plan.kind.warm_up_runs(x.device)):
                 self._timed(plan, x)
                 yield
         ratios: dict[Extractor, list[float]] = {plan.extractor: [] for plan in plans[1:]}

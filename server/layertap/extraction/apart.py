@@ -88,6 +88,8 @@ import torch
 with open(0, "rb") as given:
     given = torch.load(io.BytesIO(given.read()), weights_only=True)
 torch.set_num_threads(1)
+if torch.device(given["device"]).type == "cpu":  # As in the server; see kinds.torchscript.
+    torch._C._set_graph_executor_optimize(False)
 stored = io.BytesIO(given["program"].numpy().tobytes())
 values = []
 with torch.inference_mode():
@@ -138,7 +140,7 @@ def run_apart(
         program: The traced and frozen program; it is not changed.
         batches: The batches to run it on, which may be on any device.
         device: The device to run it on.
-        runs: How often it runs on each batch. The first runs only profile it.
+        runs: How often it runs on each batch, so that it is optimised as in the server.
 
     Raises:
         ProgramEndedError: The program raised, ended the process or took too long.

@@ -76,7 +76,7 @@ class _Recording:
     def __init__(self, built: BuiltExtractor, points: Sequence[CapturePoint], x: Batch) -> None:
         self._x = x.clone()
         self._graph = torch.cuda.CUDAGraph()
-        with _recording, torch.cuda.device(next(iter(x.values())).device):
+        with _recording, torch.cuda.device(x.device):
             before, stream = torch.cuda.current_stream(), torch.cuda.Stream()
             stream.wait_stream(before)
             # This block encloses the recording: if it fails, it leaves its stream as the current.

@@ -500,7 +500,7 @@ class PlanBuilder:
             ran = (
                 len(proof.cases) if {x.size for x, _ in proof.cases} == {proof.example.size} else 0
             )
-            for _ in range(kind.warm_up_runs - ran):
+            for _ in range(kind.warm_up_runs(proof.example.device) - ran):
                 built.run(proof.example.clone(), lambda index, value: None)
                 yield None
         except (LayertapError, GeneratorExit):
@@ -531,7 +531,7 @@ class PlanBuilder:
                 if built in self._tried_first:
                     yield from self._tried_apart(kind, self._tried_first[built], proof)
                 yield from proof.steps(built)
-                for _ in range(kind.warm_up_runs):
+                for _ in range(kind.warm_up_runs(proof.example.device)):
                     built.run(proof.example.clone(), lambda index, value: None)
                     yield None
             except (OverloadedError, GeneratorExit):

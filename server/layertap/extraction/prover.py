@@ -335,7 +335,7 @@ class Prover:
     def warm(self, plan: Plan, size: int) -> None:
         """Run a plan on a batch of that many items, as the first runs of a size are slow."""
         x = ordinary_batch(self._model, size, plan.batch_key)
-        for _ in range(plan.kind.warm_up_runs):
+        for _ in range(plan.kind.warm_up_runs(x.device)):
             plan.built.run(x.clone(), lambda index, value: None)
 
     def record(self, plan: Plan, sizes: Sequence[int]) -> tuple[Plan, list[int]]:

@@ -97,6 +97,11 @@ class Batch(Mapping[str, torch.Tensor]):
         return int(next(iter(self.tensors.values())).shape[0])
 
     @property
+    def device(self) -> torch.device:
+        """The device of the tensors."""
+        return next(iter(self.tensors.values())).device
+
+    @property
     def only(self) -> torch.Tensor:
         """The only tensor; raises ValueError if there are several."""
         (tensor,) = self.tensors.values()

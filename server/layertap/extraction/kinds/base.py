@@ -128,8 +128,6 @@ class ExtractorKind(ABC):
         edits: Whether it applies interventions; see ``extraction.interventions``.
         finite_only: Whether its values for NaN and infinity differ from the model's, so that its
             input must be finite.
-        warm_up_runs: Runs after which a pass at a new batch size has reached its full speed, on
-            the thread that will run it.
     """
 
     id: ClassVar[Extractor]
@@ -141,7 +139,6 @@ class ExtractorKind(ABC):
     gradients: ClassVar[bool] = False
     edits: ClassVar[bool] = False
     finite_only: ClassVar[bool] = False
-    warm_up_runs: ClassVar[int] = 3
 
     @property
     def name(self) -> str:
@@ -160,6 +157,15 @@ class ExtractorKind(ABC):
     def automatic(self) -> bool:
         """Whether AUTO uses it; else a request must name it. ``Extractor`` defines this as well."""
         return self.id.automatic
+
+    def warm_up_runs(self, device: torch.device) -> int:
+        """Return after how many runs a pass at a new batch size has reached its full speed.
+
+        Args:
+            device: Where it runs.
+        """
+        del device
+        return 3
 
     def tolerance(self, reference: torch.Tensor) -> float:
         """Return how far a value may be from the model's own.

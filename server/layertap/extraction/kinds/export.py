@@ -117,11 +117,15 @@ class ExportKind(CompiledKind[ExportProgram]):
     members = True
     # Vectorised code may treat NaN in another way, and proofs have finite numbers only.
     finite_only = True
-    warm_up_runs = 1
     slow = True
     records_alone = True
     checks_sizes = True
     records_one_item = False
+
+    def warm_up_runs(self, device: torch.device) -> int:
+        """See ExtractorKind."""
+        del device
+        return 1
 
     def refuses(self, found: Measurement) -> str:
         """See CompiledKind."""

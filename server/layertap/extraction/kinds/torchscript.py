@@ -14,6 +14,15 @@ Note [A compilation unit of its own]
     compilation unit, which is freed with the program. So the traced program is saved to memory
     without its weights, loaded again, given its weights back, and then frozen.
 
+Note [Programs run without profiling]
+    torch's executor records the types of a program's tensors in its first run, and optimises for
+    these types in the second, mostly by fusing operations. For the CPU, torch's packages fuse
+    nothing (``torch._C._jit_can_fuse_on_cpu()`` is False), so those two slow runs are for nothing.
+    With the executor's optimisations off, the second run has full speed, the first nearly so, and
+    all return the same bits: ``benchmarks/bench_first_runs.py`` compares both ways on seven models.
+    The switch belongs to the thread, so it is set for each run. On CUDA torch fuses operations, so
+    there it stays on.
+
 torch.jit is deprecated upstream in favour of torch.export. Only this file compiles with torch.jit;
 another compiler would be another kind.
 """
@@ -122,6 +131,17 @@ def _deprecated() -> AbstractContextManager[None]:
     return warnings_ignored()
 
 
+def _executor(device: torch.device) -> AbstractContextManager[object]:
+    """Return the block in which programs run; see Note [Programs run without profiling]."""
+    return _unoptimized() if device.type == "cpu" else nullcontext()
+
+
+def _unoptimized() -> AbstractContextManager[object]:
+    """Turn the executor's optimisations off for this thread."""
+    context: AbstractContextManager[object] = torch.jit.optimized_execution(False)  # type: ignore[attr-defined]
+    return context
+
+
 class TorchScriptExtractor:
     """Serves a set of layers with a compiled program of its own.
 
@@ -144,7 +164,9 @@ class TorchScriptExtractor:
 
     def run(self, x: Batch, sink: Sink) -> None:
         """See BuiltExtractor."""
-        for index, value in enumerate(self._program(*x.values())):
+        with _executor(x.device):
+            values = self._program(*x.values())
+        for index, value in enumerate(values):
             sink(index, value)
 
 
@@ -156,9 +178,10 @@ class TorchScriptKind(CompiledKind[torch.jit.ScriptModule]):
     members = True
     # Fused kernels turn NaN into 0 (``relu``), or spread it to other elements.
     finite_only = True
-    # The executor records types in the first run and optimises for them in the second; the third
-    # is as fast as any later one (torch 2.14: resnet18, mobilenet_v3_small, densenet121, vit_b_16).
-    warm_up_runs = 2
+
+    def warm_up_runs(self, device: torch.device) -> int:
+        """See ExtractorKind and Note [Programs run without profiling]."""
+        return 1 if device.type == "cpu" else 2
 
     def compile(
         self,
@@ -189,8 +212,7 @@ class TorchScriptKind(CompiledKind[torch.jit.ScriptModule]):
 
     def running_once(self) -> AbstractContextManager[object]:
         """See CompiledKind."""
-        context: AbstractContextManager[object] = torch.jit.optimized_execution(False)  # type: ignore[attr-defined]
-        return context
+        return _unoptimized()
 
     def finish(
         self, program: torch.jit.ScriptModule, typical: Batch | None = None
@@ -230,7 +252,7 @@ class TorchScriptKind(CompiledKind[torch.jit.ScriptModule]):
         self, program: torch.jit.ScriptModule, batches: Sequence[Batch], device: torch.device
     ) -> Generator[None, None, list[Values]]:
         """See CompiledKind."""
-        return run_apart(program, batches, device, self.warm_up_runs)
+        return run_apart(program, batches, device, self.warm_up_runs(device))
 
 
 KIND = TorchScriptKind()
