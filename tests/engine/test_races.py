@@ -31,7 +31,8 @@ from oracle import outputs_of
 from tinynets import ITEM
 
 PATIENCE = 60
-DELAY = 0.005
+DELAY = 0.02
+"""Seconds, many times as long as a pass that other processes interrupt."""
 
 
 class Slow:
