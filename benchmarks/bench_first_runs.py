@@ -4,7 +4,8 @@ By default torch records the types of a program's tensors in its first run and o
 the second. layertap turns that off on the CPU (Note [Programs run without profiling] in
 ``extraction/kinds/torchscript.py``). Here every model is traced, frozen and optimised as layertap
 does it, and a fresh copy of the program is run both ways: its first three runs, in turns over
-several copies, and then further runs of both in turns. Outputs are compared bit by bit first.
+several copies, and then further runs of both in turns. All outputs of first runs must be equal bit
+by bit.
 
     python benchmarks/bench_first_runs.py
 """

@@ -32,7 +32,7 @@ from tinynets import ITEM
 
 PATIENCE = 60
 DELAY = 0.02
-"""Seconds, many times as long as a pass that other processes interrupt."""
+"""Seconds; a busy machine delays a pass by more than 5 ms."""
 
 
 class Slow:

@@ -282,7 +282,7 @@ def test_hazard_13_optimising_first_loses_the_layers(load_net) -> None:
 
 @torch_jit_is_deprecated
 def test_hazard_14_the_first_calls_of_a_program_compile(load_net) -> None:
-    """A new program's first call only profiles it; layertap's programs are never profiled here."""
+    """A new program's first call only profiles it; layertap's never are on the CPU."""
 
     def profiling() -> bool:
         return "prim::profile" in str(torch.jit.last_executed_optimized_graph())

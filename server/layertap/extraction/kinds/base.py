@@ -162,7 +162,7 @@ class ExtractorKind(ABC):
         """Return after how many runs a pass at a new batch size has reached its full speed.
 
         Args:
-            device: Where it runs.
+            device: Where it runs. The runs are on the thread that will run it later.
         """
         del device
         return 3
