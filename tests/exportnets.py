@@ -19,7 +19,11 @@ class Split(nn.Module):
 
 
 class Hazards(nn.Module):
-    """Two inputs, in-place operations behind captures, second calls, a tuple, a constant table."""
+    """Two inputs, in-place operations behind captures, second calls, a tuple, constants.
+
+    Of the constants one is made of a range, one of numbers, and one is a tensor that torch does not
+    know.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,6 +33,7 @@ class Hazards(nn.Module):
         self.split = Split()
         self.mix = nn.Conv2d(WIDTH, WIDTH, 1)
         self.head = nn.Linear(WIDTH, 1000)
+        self.hidden = [torch.randn(1, WIDTH, 1, 1)]
 
     def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         left = self.relu(self.bn(self.conv(left)))
@@ -36,6 +41,8 @@ class Hazards(nn.Module):
         low, high = self.split(left)
         low += right
         table = torch.arange(WIDTH, dtype=left.dtype).view(1, WIDTH, 1, 1)
+        weights = torch.tensor([1.5 - 0.1 * number for number in range(WIDTH)]).view(-1, 1, 1)
+        low = low * weights + self.hidden[0]
         return self.head(self.mix(low * high + table).mean((2, 3)))
 
 

@@ -22,6 +22,12 @@ Note [Alone in the process]
     While torch exports, the parameters of the model are replaced by tensors without elements, and
     ``torch.compiler.is_exporting()`` is true in every thread. So no other pass may run meanwhile.
 
+Note [Constants have their names]
+    A tensor that the model uses and torch does not know, such as one in a list or one that
+    ``forward`` makes of numbers, is a constant of the exported program. AOTInductor gives constants
+    names of its own that lead back to nothing, but leaves buffers theirs. So such constants are
+    declared to be buffers that are not saved with the weights, which are stored in the same place.
+
 Only CPUs are supported: a package for a GPU was not tried.
 """
 
@@ -160,6 +166,7 @@ class ExportKind(CompiledKind[ExportProgram]):
             exported = torch.export.export(
                 tapped, plain, dynamic_shapes=_free(context.model, several), strict=False
             )
+        _make_constants_buffers(exported)
         return ExportProgram(_tensors_of(context.model), exported)
 
     def assemble(self, program: ExportProgram) -> Generator[Pause, None, ExportProgram]:
@@ -175,6 +182,8 @@ class ExportKind(CompiledKind[ExportProgram]):
         known = {**exported.state_dict, **exported.constants}
         shared, own = {}, {}
         for name, full in constants.items():
+            if full not in known:
+                raise ProgramEndedError(f"nothing is known about the constant {full!r} of its code")
             tensor, path = known[full], full.removeprefix(_INSIDE)
             mine = program.tensors.get(path)
             if mine is not None and _is_same(mine, tensor):
@@ -328,6 +337,15 @@ def _free_sizes(spec: InputSpec, tensor: torch.Tensor) -> dict[int, Any]:
     if is_image and tensor.shape[1:] == spec.shape:
         return {}
     return {axis + 1: torch.export.Dim.AUTO for axis in spec.free if tensor.shape[axis + 1] > 1}
+
+
+def _make_constants_buffers(exported: torch.export.ExportedProgram) -> None:
+    """Declare a program's constants to be buffers; see Note [Constants have their names]."""
+    from torch.export.graph_signature import InputKind  # noqa: PLC0415 - it imports sympy
+
+    for spec in exported.graph_signature.input_specs:
+        if spec.kind is InputKind.CONSTANT_TENSOR:
+            spec.kind, spec.persistent = InputKind.BUFFER, False
 
 
 def _inputs_of(exported: torch.export.ExportedProgram) -> tuple[InputShape, ...]:
