@@ -141,7 +141,7 @@ def test_tickets_are_bounded(broker: Broker) -> None:
 
 
 GARBAGE: dict[str, tuple[bytes, bool]] = {
-    "noise": (os.urandom(24), True),
+    "noise": (bytes(range(200, 224)), True),
     "a packet cut short": (bytes(Packet(PacketKind.RETURN, 1, 1).pack()[:-1]), True),
     "a packet too long": (Packet(PacketKind.RETURN, 1, 1).pack() + b"x", True),
     "a huge packet": (b"\4" * 100_000, True),
