@@ -18,7 +18,7 @@ from layertap.extraction.attention import FUSED, TOO_LARGE, WEIGHTS, returns_wei
 from layertap.extraction.catalogue import Catalogue, LayerEntry, Support
 from layertap.extraction.grid import survey_grids
 from layertap.extraction.kept_values import KeptValue
-from layertap.extraction.kinds.base import Verdict
+from layertap.extraction.kinds.base import CompiledKind, Verdict
 from layertap.extraction.kinds.registry import KINDS, REFERENCE, AnyKind
 from layertap.extraction.layout import Geometry
 from layertap.extraction.measurement import MeasuredGraph, Measurement
@@ -278,7 +278,9 @@ def _notes(findings: Measurement, entries: Mapping[str, LayerEntry]) -> Iterator
 def _branches(findings: Measurement) -> str:
     """Say how layers after a branch are served."""
     compiled = " and ".join(
-        kind.name for kind in KINDS.values() if kind.compiled and kind.automatic
+        kind.name
+        for kind in KINDS.values()
+        if isinstance(kind, CompiledKind) and kind.automatic and kind.follows_branches
     )
     if findings.looks.looked.keys() <= findings.looks.unguarded.keys():
         return f"{compiled} serves no layer from there on"

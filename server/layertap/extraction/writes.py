@@ -49,11 +49,15 @@ _UNKNOWN = {
 }  # fmt: skip
 """Instructions that may call something of which no name is known, such as a function in a variable.
 
-Functions and methods that are called by their names need no PUSH_NULL.
+Functions and methods that are called by their names need no PUSH_NULL, except for those of modules
+from Python 3.14 on, as in ``torch.cat(...)``.
 """
 
-_IN_PLACE = 13
-"""The first argument of BINARY_OP that means an operator such as ``+=`` (opcode.py, _nb_ops)."""
+_IN_PLACE = range(13, 26)
+"""The arguments of BINARY_OP that mean an operator such as ``+=`` (opcode.py, _nb_ops)."""
+
+_NULL_IS_LAST = sys.version_info >= (3, 13)
+"""Whether PUSH_NULL comes after the function that is called; before Python 3.13 it comes first."""
 
 _TORCH = f"{Path(torch.__file__).parent}/"
 _OURS = f"{Path(__file__).parent.parent}/"
@@ -125,19 +129,29 @@ def _writing_lines(code: CodeType) -> frozenset[int]:
     # Most functions do neither, and need not be read instruction by instruction.
     if not _STORES & set(code.co_code[::2]) and not any(map(_changes, code.co_names)):
         return frozenset()
+    steps = list(dis.get_instructions(code))
     return frozenset(
         step.positions.lineno
-        for step in dis.get_instructions(code)
-        if step.positions is not None and step.positions.lineno is not None and _may_write(step)
+        for former, step in zip([None, *steps], steps, strict=False)
+        if step.positions is not None
+        and step.positions.lineno is not None
+        and _may_write(step, former)
     )
 
 
-def _may_write(step: dis.Instruction) -> bool:
-    """Return whether an instruction may write state, or names or prepares a call that may."""
+def _may_write(step: dis.Instruction, former: dis.Instruction | None) -> bool:
+    """Return whether an instruction may write state, or names or prepares a call that may.
+
+    Args:
+        step: The instruction.
+        former: The one before it; None for the first.
+    """
+    if step.opname == "PUSH_NULL" and _NULL_IS_LAST and former and former.opcode in _NAMING:
+        return False  # The instruction before it has the name.
     if step.opcode in _STORES or step.opname in _UNKNOWN:
         return True
     if step.opname == "BINARY_OP":
-        return step.arg is not None and step.arg >= _IN_PLACE
+        return step.arg in _IN_PLACE
     return step.opcode in _NAMING and isinstance(step.argval, str) and _changes(step.argval)
 
 

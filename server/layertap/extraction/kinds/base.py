@@ -270,6 +270,7 @@ class CompiledKind(ExtractorKind, Generic[P]):
         records_alone: Whether recording changes the model or the process for other threads, so
             that no pass may run meanwhile.
         checks_sizes: Whether every program refuses batches of sizes for which it was not compiled.
+        follows_branches: Whether code that branches on values has a program for each way it can go.
         records_one_item: Whether a program that is recorded from one item may hold where one of
             several does not.
     """
@@ -279,6 +280,7 @@ class CompiledKind(ExtractorKind, Generic[P]):
     records_alone: ClassVar[bool] = False
     checks_sizes: ClassVar[bool] = False
     records_one_item: ClassVar[bool] = True
+    follows_branches: ClassVar[bool] = True
 
     def tolerance(self, reference: torch.Tensor) -> float:
         """See ExtractorKind; compilers reorder arithmetic."""

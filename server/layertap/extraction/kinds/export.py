@@ -127,6 +127,7 @@ class ExportKind(CompiledKind[ExportProgram]):
     records_alone = True
     checks_sizes = True
     records_one_item = False
+    follows_branches = False
 
     def warm_up_runs(self, device: torch.device) -> int:
         """See ExtractorKind."""
