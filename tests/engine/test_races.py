@@ -199,6 +199,29 @@ def test_programs_that_were_named_take_part(engine: Engine) -> None:
     assert asked(engine, 1) == [Extractor.TORCHSCRIPT]
 
 
+def test_a_program_that_is_named_after_the_race_starts_another(engine: Engine) -> None:
+    """The winner so far serves until then; a result with a program that is gone stays."""
+    host = load(engine)
+    slowed(host, Extractor.TORCHSCRIPT)
+    asked(engine, 1, RACE_AFTER)
+    raced(engine)
+    (key,) = host._declared_plans
+    other = key._replace(extractor=Extractor.EXPORT)
+    slowed(host, Extractor.HOOK)
+    slow = host._declared_plans[key]
+    host._plans[other] = replace(slow, built=slow.built._built, kind=kind_of(Extractor.EXPORT))
+    assert set(asked(engine, 1, RACE_AFTER)) == {Extractor.HOOK}
+    ends = time.monotonic() + PATIENCE
+    while "EXPORT was" not in notes(engine)[0] and time.monotonic() < ends:
+        time.sleep(0.01)
+    (note,) = notes(engine)
+    assert note.startswith("AUTO, layer2, about 1 item: EXPORT was ")
+    assert asked(engine, 1, 3) == [Extractor.EXPORT] * 3
+    del host._plans[other]
+    assert set(asked(engine, 1, 2 * RACE_AFTER)) == {Extractor.TORCHSCRIPT}
+    assert notes(engine) == [note]
+
+
 @pytest.mark.parametrize(
     ("size", "bucket"), [(1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (8, 8), (9, 16), (17, 32)]
 )

@@ -699,28 +699,37 @@ class ModelHost:
         stateful = self.catalogue.scope.rules.state is KeptState.KEPT
         if not self.options.race or key.outcome or stateful:
             return plan.extractor
-        contest = Contest.of(key, size)
-        winner = self.races.winner(contest)
-        if winner is None:
+        contest = Contest.of(key, size, self._other_compilers(key))
+        race = self.races.result(contest)
+        if race is None or not race.had(contest.others):
             self._promoter.note(contest, lambda: size, after=RACE_AFTER)
+        if race is None:
             return plan.extractor
-        if winner is REFERENCE.id:
-            return winner
-        other = self._served(key._replace(extractor=winner))
-        return plan.extractor if other is None or other.refusal(size) else winner
+        if race.winner is REFERENCE.id:
+            return race.winner
+        other = self._served(key._replace(extractor=race.winner))
+        return plan.extractor if other is None or other.refusal(size) else race.winner
+
+    def _other_compilers(self, key: PlanKey) -> list[Extractor]:
+        """Return the other compilers that have a plan for the same layers."""
+        return [
+            other
+            for other, kind in KINDS.items()
+            if kind.compiled and other is not key.extractor
+            if self._served(key._replace(extractor=other))
+        ]
 
     def _contenders(self, contest: Contest, size: int) -> list[Plan]:
         """Return the plans for a contest, proven at a batch size, the preferred one first."""
-        keys = [contest.key._replace(extractor=each) for each in KINDS]
-        found = [self._served(key) for key in keys if kind_of(key.extractor).compiled]
+        keys = [contest.key, *(contest.key._replace(extractor=each) for each in contest.others)]
+        found = [self._served(key) for key in keys]
         model = self._built(contest.key._replace(extractor=REFERENCE.id), lambda: None, Call())
         plans = [plan for plan in (*found, model) if plan is not None and not plan.dynamic]
         for plan in plans:
             prove = partial(self._builder.prover.prove_size, plan, size)
             self.compute.run(prove, Call())
         proven = [plan for plan in plans if plan.refusal(size) == ""]
-        first = [plan for plan in proven if plan.key == contest.key]
-        return [*first, *(plan for plan in proven if plan.key != contest.key)] if first else []
+        return proven if proven and proven[0].key == contest.key else []
 
     def _race_batch(self, plan: Plan, size: int) -> Batch:
         return ordinary_batch(self.model, size, plan.batch_key)

@@ -10,9 +10,10 @@ Note [Measured races]
     another extractor must be faster by MARGIN, or AUTO keeps the compiled plan.
 
     Each bucket of batch sizes has a race of its own: 1, 2, 3 and 4, 5 to 8, and so on. The result
-    is kept as long as the model is served, and its description tells it. Nothing is raced where a
-    further pass could change later answers, as of a stateful model, and where a plan serves only
-    some outcomes of the model's looks.
+    is kept as long as the model is served, and its description tells it. If a request names a
+    further compiler after the race, its program takes part in another one, RACE_AFTER requests
+    later. Nothing is raced where a further pass could change later answers, as of a stateful model,
+    and where a plan serves only some outcomes of the model's looks.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import statistics
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -55,15 +56,17 @@ class Contest(NamedTuple):
     Attributes:
         key: The compiled plan that AUTO prefers.
         bucket: The largest batch size of the bucket.
+        others: The other compilers that have a plan for the same layers.
     """
 
     key: PlanKey
     bucket: int
+    others: tuple[Extractor, ...] = ()
 
     @classmethod
-    def of(cls, key: PlanKey, size: int) -> Contest:
+    def of(cls, key: PlanKey, size: int, others: Sequence[Extractor] = ()) -> Contest:
         """Return the contest for a plan's requests with so many items."""
-        return cls(key, 1 << (size - 1).bit_length())
+        return cls(key, 1 << (size - 1).bit_length(), tuple(others))
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,10 @@ class Race:
     first: Extractor
     winner: Extractor
     ratios: Mapping[Extractor, Sequence[float]]
+
+    def had(self, extractors: Iterable[Extractor]) -> bool:
+        """Return whether all of these took part."""
+        return self.ratios.keys() >= set(extractors)
 
     def __str__(self) -> str:
         """Return the result in words."""
@@ -117,7 +124,8 @@ class Races:
         self._sample = sample
         self._names_of = names_of
         self._lock = threading.Lock()
-        self._results: OrderedDict[Contest, tuple[Race, str]] = OrderedDict()
+        # By the plan and the bucket: a later race replaces one with fewer extractors.
+        self._results: OrderedDict[tuple[PlanKey, int], tuple[Race, str]] = OrderedDict()
         self._call = Call()
 
     @property
@@ -126,11 +134,11 @@ class Races:
         with self._lock:
             return tuple(note for _, note in self._results.values())
 
-    def winner(self, contest: Contest) -> Extractor | None:
-        """Return the extractor that won a contest; None if there was no race yet."""
+    def result(self, contest: Contest) -> Race | None:
+        """Return the last race of a contest, maybe with fewer extractors; None if there was none."""
         with self._lock:
-            found = self._results.get(contest)
-        return None if found is None else found[0].winner
+            found = self._results.get((contest.key, contest.bucket))
+        return None if found is None else found[0]
 
     def steps(self, contest: Contest, size: int) -> Iterator[None]:
         """Run a race, and yield between its passes.
@@ -188,7 +196,7 @@ class Races:
 
     def _keep(self, contest: Contest, race: Race, note: str) -> None:
         with self._lock:
-            self._results[contest] = race, note
+            self._results[contest.key, contest.bucket] = race, note
             while len(self._results) > MAX_RACES:
                 self._results.popitem(last=False)
 
