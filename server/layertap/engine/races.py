@@ -135,7 +135,7 @@ class Races:
             return tuple(note for _, note in self._results.values())
 
     def result(self, contest: Contest) -> Race | None:
-        """Return the last race of a contest, maybe with fewer extractors; None if there was none."""
+        """Return a contest's last race, maybe of fewer extractors; None if there was none."""
         with self._lock:
             found = self._results.get((contest.key, contest.bucket))
         return None if found is None else found[0]
