@@ -1,9 +1,9 @@
 """How does everything grow: with callers, layers, bytes, items, models, sizes, streams, clients?
 
 One curve for each, with the slope that is expected. The slope is that of a line through the
-logarithms: 0 if a cost stays the same, 1 if it doubles with what it depends on. A curve whose slope
-is above the expected one bends. All requests of a curve go to one server in a process of its own,
-and their values are compared first.
+logarithms: 0 if a cost stays the same, 1 if it doubles with what it depends on. A curve bends if
+this slope, or that of its last three points alone, is above the expected one. All requests of a
+curve go to one server in a process of its own, and their values are compared first.
 """
 
 from __future__ import annotations
@@ -29,14 +29,21 @@ import torchvision
 
 import common
 import report
+from callers import Callers
 from layertap import Client
 
 NET = "resnet18"
 ITEM = (3, 64, 64)
 LAYER = "layer1"
+PROCESSES = 2
+"""Of the callers."""
+
 ALL = "**"
 SETTLED = 0.25
 """How far a slope may be above the expected one before a curve counts as bent."""
+
+LAST = 3
+"""The points at the end of a curve, of which many costs show only there."""
 
 Point = tuple[float, float]
 
@@ -47,7 +54,8 @@ def serving(models: Sequence[str], *flags: str) -> Iterator[tuple[str, int, floa
     command = [sys.executable, "-W", "ignore", "-m", "layertap", "serve", *models]
     command += ["--weights", "random", "--port", "0", "--metrics-port", "-1", *flags]
     begun = time.perf_counter()
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    own = common.environment()
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=own) as process:
         try:
             assert process.stderr is not None
             address = next(line for line in process.stderr if "serving" in line).split()[-1]
@@ -114,12 +122,17 @@ class Curves:
 
     def add(self, name: str, x: str, y: str, expected: float, points: Sequence[Point]) -> None:
         """Keep a curve, and print it."""
-        mine = slope(points)
+        whole, end = slope(points), slope(points[-LAST:])
         self.found[name] = {
-            "x": x, "y": y, "expected": expected, "slope": mine,
-            "bends": mine > expected + SETTLED, "points": [list(point) for point in points],
+            "x": x, "y": y, "expected": expected, "slope": whole, "end": end,
+            "bends": max(whole, end) > expected + SETTLED,
+            "points": [list(point) for point in points],
         }  # fmt: skip
-        print(f"{name}: slope {mine:.2f}, expected at most {expected:.2f}; {points}", flush=True)
+        print(
+            f"{name}: slope {whole:.2f}, at the end {end:.2f}, expected at most {expected:.2f}; "
+            f"{points}",
+            flush=True,
+        )
 
     def requests(self, most: int) -> None:
         """Measure what depends on requests to one server."""
@@ -135,32 +148,16 @@ class Curves:
             self._connections(address, most)
 
     def _callers(self, address: str, most: int) -> None:
-        points = [(n, 1000 / self._answers(address, n)) for n in _doubling(4, most)]
+        points = []
+        callers = Callers(address, PROCESSES)
+        try:
+            for count in _doubling(2, most):
+                seconds = max(self._seconds, count / 50)
+                load = partial(callers.load, NET, LAYER, count, seconds, batch=1, item=ITEM)
+                points.append((count, 1000 / load()["rate"]))
+        finally:
+            callers.close()
         self.add("callers", "callers at once", "ms of the server for each answer", 0.0, points)
-
-    def _answers(self, address: str, callers: int) -> float:
-        """Return the answers a second that callers get together."""
-        stop = threading.Event()
-
-        def ask(_: int) -> int:
-            with Client(address) as client:
-                client.extract(NET, items(1), LAYER)
-                ready.wait()
-                count = 0
-                while not stop.is_set():
-                    client.extract(NET, items(1), LAYER)
-                    count += 1
-                return count
-
-        ready = threading.Barrier(callers + 1)
-        with ThreadPoolExecutor(callers) as pool:
-            asked = [pool.submit(ask, number) for number in range(callers)]
-            ready.wait()
-            begun = time.perf_counter()
-            time.sleep(max(self._seconds, callers / 50))
-            stop.set()
-            total = sum(future.result() for future in asked)
-            return total / (time.perf_counter() - begun)
 
     def _layers(self, client: Client) -> None:
         # By HOOK: other layer sets would be compiled meanwhile.
@@ -275,7 +272,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="seconds for each point")
     parser.add_argument("--callers", type=int, default=256)
     parser.add_argument("--models", type=int, default=50)
-    parser.add_argument("--nets", nargs="*", default=["squeezenet1_1", "resnet18", "resnet50"])
+    parser.add_argument("--nets", nargs="*", default=list(LAYERS))
     parser.add_argument("--results", type=Path, default=common.RESULTS)
     options = parser.parse_args()
     curves = Curves(options.seconds)

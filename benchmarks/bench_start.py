@@ -12,7 +12,6 @@ warm. Its first answer is compared with the hooks' values. The weights are rando
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
@@ -52,14 +51,11 @@ torch.save(torchvision.models.resnet50().state_dict(), sys.argv[1])
 """
 
 
-def environment() -> dict[str, str]:
-    """Return the environment of an installed package, whose modules are compiled once."""
-    return {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
-
-
 def run(*command: str | Path) -> None:
     """Run Python with a command line, and wait for its end."""
-    subprocess.run([sys.executable, *command], check=True, env=environment(), capture_output=True)
+    subprocess.run(
+        [sys.executable, *command], check=True, env=common.environment(), capture_output=True
+    )
 
 
 @contextmanager
@@ -71,7 +67,9 @@ def serving(folder: Path) -> Iterator[str]:
         *("--layers", ",".join(LAYERS), "--metrics-port", "-1"),
         *("--plan-cache", str(folder / "cache")),
     ]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment()) as process:
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=common.environment()
+    ) as process:
         try:
             said = []
             for line in process.stderr or ():

@@ -6,7 +6,7 @@ Started as a program it makes the calls that ``Callers`` orders.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,12 @@ __all__ = ["PHOTO", "Callers", "tensor"]
 PHOTO = Path(__file__).resolve().parent.parent / "examples" / "images" / "grace_hopper.jpg"
 
 
-def tensor(batch: int, seed: int = 0) -> np.ndarray:
-    """Return an input ``[batch, 3, 224, 224] float32`` in [0, 1)."""
-    return np.random.default_rng(seed).random((batch, 3, 224, 224), dtype=np.float32)
+ITEM = (3, 224, 224)
+
+
+def tensor(batch: int, seed: int = 0, item: Sequence[int] = ITEM) -> np.ndarray:
+    """Return an input ``[batch, *item] float32`` in [0, 1)."""
+    return np.random.default_rng(seed).random((batch, *item), dtype=np.float32)
 
 
 class Callers:
@@ -40,7 +43,14 @@ class Callers:
         self._processes = CallerProcesses(command, processes)
 
     def load(
-        self, model: str, layer: str, callers: int, seconds: float, *, batch: int = 0
+        self,
+        model: str,
+        layer: str,
+        callers: int,
+        seconds: float,
+        *,
+        batch: int = 0,
+        item: Sequence[int] = ITEM,
     ) -> dict[str, float]:
         """Let callers ask without a pause; return answers a second and their milliseconds.
 
@@ -50,8 +60,9 @@ class Callers:
             callers: How many ask at once.
             seconds: For how long.
             batch: Items of the tensor that each sends; 0 for a photograph.
+            item: The shape of an item of the tensor.
         """
-        order = {"model": model, "layer": layer, "batch": batch}
+        order = {"model": model, "layer": layer, "batch": batch, "item": item}
         answered = self._processes.load(order, callers, seconds)
         # An answer after the end was computed partly in the time that is not counted.
         pairs = zip(answered.ends, answered.times, strict=True)
@@ -65,7 +76,8 @@ class Callers:
 
 @contextmanager
 def _connect(address: str, order: dict[str, Any]) -> Iterator[Callable[[], object]]:
-    given = tensor(order["batch"]) if order["batch"] else PHOTO.read_bytes()
+    batch = order["batch"]
+    given = tensor(batch, item=order["item"]) if batch else PHOTO.read_bytes()
     with Client(address, timeout=60) as client:
         yield lambda: client.extract(order["model"], given, order["layer"])
 

@@ -45,6 +45,11 @@ def cores() -> set[int]:
     return os.sched_getaffinity(0)
 
 
+def environment() -> dict[str, str]:
+    """Return the environment of an installed package, whose modules are compiled once."""
+    return {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+
+
 def timed(call: Callable[[], object], calls: int) -> list[float]:
     """Return the milliseconds of each of some calls."""
     times = []

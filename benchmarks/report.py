@@ -451,8 +451,9 @@ GROWTH = """
 ## How does everything grow?
 
 [bench_growth.py](bench_growth.py): one curve for each row. The slope is that of a line through the
-logarithms: 0 if a cost stays the same, 1 if it doubles with what it depends on; less is better.
-Requests are for `layer1` of resnet18 at 3 × 64 × 64 unless the row says otherwise; {seconds:g} s
+logarithms: 0 if a cost stays the same, 1 if it doubles with what it depends on; less is better. A
+curve bends if this slope, or that of its last three points, is more than 0.25 above the expected
+one. Requests are for `layer1` of resnet18 at 3 × 64 × 64 unless the row says otherwise; {seconds:g} s
 for each point. Machine: {facts}.
 
 {table}
@@ -1085,6 +1086,7 @@ def _growth(results: dict[str, Any], folder: Path) -> str:
             f"{curve['y']} / {curve['x']}",
             ", ".join(f"{charts.digits(y)} / {charts.digits(x)}" for x, y in curve["points"]),
             f"{curve['slope']:.2f}",
+            f"{curve['end']:.2f}",
             f"{curve['expected']:.2f}",
             "bends" if curve["bends"] else "as expected",
         ]
@@ -1093,7 +1095,9 @@ def _growth(results: dict[str, Any], folder: Path) -> str:
     return GROWTH.format(
         seconds=results["seconds"],
         facts=_facts(results["machine"]),
-        table=_table(["curve", "what", "points", "slope", "at most", "verdict"], rows),
+        table=_table(
+            ["curve", "what", "points", "slope", "at the end", "at most", "verdict"], rows
+        ),
     )
 
 
