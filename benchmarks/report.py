@@ -453,8 +453,8 @@ GROWTH = """
 [bench_growth.py](bench_growth.py): one curve for each row. The slope is that of a line through the
 logarithms: 0 if a cost stays the same, 1 if it doubles with what it depends on; less is better. A
 curve bends if this slope, or that of its last three points, is more than 0.25 above the expected
-one. Requests are for `layer1` of resnet18 at 3 × 64 × 64 unless the row says otherwise; {seconds:g} s
-for each point. Machine: {facts}.
+one. Requests are for `layer1` of resnet18 at 3 × 64 × 64 unless the row says otherwise;
+{seconds:g} s for each point. Machine: {facts}.
 
 {table}
 
