@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -19,8 +20,10 @@ from asking import ask
 from layertap import Extractor, LayerSelection
 from layertap.call import Call
 from layertap.engine import Engine, HostOptions, describe
+from layertap.engine.contest import Contest, Race
 from layertap.engine.host import ModelHost
-from layertap.engine.races import RACE_AFTER, Contest, Race
+from layertap.engine.kept_races import KeptRaces
+from layertap.engine.races import RACE_AFTER
 from layertap.extraction.base import BuiltExtractor
 from layertap.extraction.kinds.registry import kind_of
 from layertap.extraction.plan_cache import PlanCache
@@ -56,9 +59,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def engine(folder: Path) -> Iterator[Engine]:
     """An engine with one compute thread."""
-    engine = Engine(threads=1, plan_cache=PlanCache(folder, 1 << 30))
+    engine = started(folder)
     yield engine
     engine.close()
+    for file in folder.glob("*.races"):
+        file.unlink()
+
+
+def started(folder: Path) -> Engine:
+    """Return an engine with one compute thread."""
+    return Engine(threads=1, plan_cache=PlanCache(folder, 1 << 30))
 
 
 @cache
@@ -222,6 +232,41 @@ def test_a_program_that_is_named_after_the_race_starts_another(engine: Engine) -
     assert notes(engine) == [note]
 
 
+def test_results_are_kept_for_the_next_start(engine: Engine, folder: Path, caplog) -> None:
+    """AUTO takes the winner from the first request on; a damaged file is as good as none."""
+    slowed(load(engine), Extractor.TORCHSCRIPT)
+    asked(engine, 1, RACE_AFTER)
+    told = raced(engine)
+    with closing(started(folder)) as again:
+        load(again)
+        assert asked(again, 1) == [Extractor.HOOK]
+        assert asked(again, 2) == [Extractor.TORCHSCRIPT]
+        assert notes(again) == told
+    (file,) = folder.glob("*.races")
+    file.write_text(file.read_text()[:-2])
+    with closing(started(folder)) as again:
+        load(again)
+        assert asked(again, 1) == [Extractor.TORCHSCRIPT]
+        assert notes(again) == []
+    assert "the results of earlier races are damaged" in caplog.text
+
+
+def test_a_kept_winner_whose_program_is_gone_is_not_compiled(engine: Engine, folder: Path) -> None:
+    """EXPORT was named in an earlier start, and nobody has asked for it in this one."""
+    host = load(engine)
+    (key,) = host._declared_plans
+    ratios = {Extractor.EXPORT: (2.0, 2.0, 2.0)}
+    race = Race(Extractor.TORCHSCRIPT, Extractor.EXPORT, ratios, "layer2, about 1 item")
+    KeptRaces(PlanCache(folder, 1 << 30), host._facts).store(Contest.of(key, 1), race)
+    with closing(started(folder)) as again:
+        host = load(again)
+        assert set(asked(again, 1, RACE_AFTER)) == {Extractor.TORCHSCRIPT}
+        (note,) = notes(again)
+        assert "EXPORT was 2.00 times" in note
+        host._promoter.close()  # Its work is done.
+        assert host._plans == {}
+
+
 @pytest.mark.parametrize(
     ("size", "bucket"), [(1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (8, 8), (9, 16), (17, 32)]
 )
@@ -234,10 +279,13 @@ def test_buckets(size: int, bucket: int) -> None:
 def test_results_in_words() -> None:
     """The winner is told beside each of the others."""
     ratios = {Extractor.EXPORT: (2.0, 2.0, 4.0), Extractor.HOOK: (0.5, 0.5, 0.25)}
-    kept = Race(Extractor.TORCHSCRIPT, Extractor.TORCHSCRIPT, {Extractor.HOOK: (0.5, 0.25, 0.5)})
-    assert str(kept) == "TORCHSCRIPT was 2.00 times as fast as HOOK (2.00 to 4.00 in 3 turns)"
-    changed = Race(Extractor.TORCHSCRIPT, Extractor.EXPORT, ratios)
+    own, hook = Extractor.TORCHSCRIPT, {Extractor.HOOK: (0.5, 0.25, 0.5)}
+    assert str(Race(own, own, hook, "fc, about 1 item")) == (
+        "AUTO, fc, about 1 item: TORCHSCRIPT was 2.00 times as fast as HOOK "
+        "(2.00 to 4.00 in 3 turns)"
+    )
+    changed = Race(own, Extractor.EXPORT, ratios, "fc, about 1 item")
     assert str(changed) == (
-        "EXPORT was 2.00 times as fast as TORCHSCRIPT (2.00 to 4.00 in 3 turns) and "
-        "4.00 times as fast as HOOK (4.00 to 16.00 in 3 turns)"
+        "AUTO, fc, about 1 item: EXPORT was 2.00 times as fast as TORCHSCRIPT "
+        "(2.00 to 4.00 in 3 turns) and 4.00 times as fast as HOOK (4.00 to 16.00 in 3 turns)"
     )

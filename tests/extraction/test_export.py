@@ -20,8 +20,10 @@ import torch
 import exportnets
 from asking import ask, request_for
 from exportnets import ITEM
-from layertap import Extractor
+from layertap import Extractor, LayerSelection
 from layertap.engine import Call, Engine
+from layertap.engine.contest import Contest, Race
+from layertap.engine.kept_races import KeptRaces
 from layertap.errors import DeadlineExceededError, ExtractorUnsupportedError
 from layertap.extraction import packager
 from layertap.extraction.apart import ProgramEndedError
@@ -209,6 +211,25 @@ def test_a_restart_takes_no_compiler(compiled: Compiled, monkeypatch) -> None:
         features = ask(engine, "net", LAYERS, x, Extractor.EXPORT)
         for layer, truth in zip(LAYERS, truths(x), strict=True):
             assert difference(features.torch()[layer], truth) <= COMPILED_TOLERANCE[torch.float32]
+
+
+def test_a_package_that_won_a_race_serves_auto_after_a_restart(compiled: Compiled) -> None:
+    """It is loaded beside the requests, which are served meanwhile."""
+    declared = [LayerSelection.parse(layer) for layer in LAYERS]
+    spec = ModelSpec("exportnets:hazards", name="net", item_shape=ITEM)
+    x, own = pair(2), Extractor.TORCHSCRIPT
+    for won in (False, True):
+        with closing(Engine(plan_cache=PlanCache(compiled.folder, 1 << 30))) as engine:
+            host = engine.load(spec, declared)
+            key = next(iter(host._declared_plans))
+            ends = time.monotonic() + PATIENCE
+            served = [ask(engine, "net", LAYERS, x, Extractor.AUTO).extractor]
+            while won and served[-1] is own and time.monotonic() < ends:
+                served.append(ask(engine, "net", LAYERS, x, Extractor.AUTO).extractor)
+            assert served[-1] is (Extractor.EXPORT if won else own)
+            race = Race(own, Extractor.EXPORT, {Extractor.EXPORT: (2.0, 2.0, 2.0)}, "net")
+            kept = KeptRaces(PlanCache(compiled.folder, 1 << 30), host._facts)
+            kept.store(Contest.of(key, 2), race)
 
 
 def test_another_processor_compiles_its_own_package(compiled: Compiled, monkeypatch) -> None:

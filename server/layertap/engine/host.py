@@ -12,9 +12,11 @@ from typing import Any, TypeVar
 
 from layertap.call import Call
 from layertap.engine.compute import ComputeThreads
+from layertap.engine.contest import Contest
+from layertap.engine.kept_races import KeptRaces
 from layertap.engine.lengths import Lengths
 from layertap.engine.promotion import Promoter
-from layertap.engine.races import RACE_AFTER, Contest, Races
+from layertap.engine.races import RACE_AFTER, Races
 from layertap.engine.resolve import Resolved, resolve
 from layertap.engine.sharing import MAX_CALLERS, Sharing, Trial
 from layertap.engine.slow_plans import SlowPlans
@@ -207,7 +209,10 @@ class ModelHost:
         self.sharing = Sharing(
             model.name, self.options.batching, self._trial, self._served, self._names_of
         )
-        self.races = Races(compute, self._contenders, self._race_batch, self._names_of)
+        self.races = Races(
+            compute, self._contenders, self._race_batch, self._names_of,
+            KeptRaces(cache, self._facts),
+        )  # fmt: skip
         self._resolve = lru_cache(maxsize=MAX_RESOLVED)(
             partial(resolve, self.model, self.catalogue, max_layers=limits.layers)
         )
@@ -707,7 +712,10 @@ class ModelHost:
             return plan.extractor
         if race.winner is REFERENCE.id:
             return race.winner
-        other = self._served(key._replace(extractor=race.winner))
+        winner = key._replace(extractor=race.winner)
+        other = self._served(winner)
+        if other is None:
+            self._promoter.note(winner, after=1)  # It may be in the plan cache.
         return plan.extractor if other is None or other.refusal(size) else race.winner
 
     def _other_compilers(self, key: PlanKey) -> list[Extractor]:
@@ -785,11 +793,21 @@ class ModelHost:
             )
 
     def _beside_requests(self, key: PlanKey | Contest, noted: Any) -> Iterator[None]:
-        """Compile a layer set that is requested often, or race what is; see ``_compile``."""
+        """Compile a layer set that is requested often, or race what is; see ``_compile``.
+
+        A program that AUTO does not compile by itself, but that won a race, is only loaded.
+        """
         if isinstance(key, Contest):
             yield from self.races.steps(key, noted)
-        else:
+        elif kind_of(key.extractor).automatic or self._is_stored(key):
             yield from self._compile(key, noted)
+
+    def _is_stored(self, key: PlanKey) -> bool:
+        kind = kind_of(key.extractor)
+        if not isinstance(kind, CompiledKind):
+            return False
+        file = self._builder.kept.file(kind, *key[1:3])
+        return file is not None and file.exists()
 
     def _compile(self, key: PlanKey, example: Batch | None) -> Iterator[None]:
         """Compile a layer set in steps; requests run between them.

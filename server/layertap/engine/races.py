@@ -1,4 +1,4 @@
-"""Which of the proven extractors serves a layer set fastest, for AUTO.
+"""Races of the proven extractors, for AUTO: which of them serves a layer set fastest?
 
 Note [Measured races]
     A compiled program is mostly faster than the model under its hooks. By how much depends on the
@@ -9,8 +9,9 @@ Note [Measured races]
     its values as a reply does; requests run between the passes. ``layertap.turns`` has the rule:
     another extractor must be faster by MARGIN, or AUTO keeps the compiled plan.
 
-    Each bucket of batch sizes has a race of its own: 1, 2, 3 and 4, 5 to 8, and so on. The result
-    is kept as long as the model is served, and its description tells it. If a request names a
+    Each bucket of batch sizes has a race of its own: 1, 2, 3 and 4, 5 to 8, and so on. The
+    description of the model tells the results, and the plan cache keeps them for the next start
+    (see ``kept_races``). If a request names a
     further compiler after the race, its program takes part in another one, RACE_AFTER requests
     later. Nothing is raced where a further pass could change later answers, as of a stateful model,
     and where a plan serves only some outcomes of the model's looks.
@@ -22,21 +23,21 @@ import statistics
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 
 from layertap.call import Call
 from layertap.engine.compute import ComputeThreads
+from layertap.engine.contest import Contest, Race
+from layertap.engine.kept_races import KeptRaces
 from layertap.extraction.plan import Plan, PlanKey
 from layertap.models import Batch
 from layertap.selection import Extractor
 from layertap.turns import other_pays
 
-__all__ = ["RACE_AFTER", "Contest", "Race", "Races"]
+__all__ = ["RACE_AFTER", "Races"]
 
 RACE_AFTER = 32
 """A race begins when a compiled plan has served this many of AUTO's requests of about one size."""
@@ -50,57 +51,6 @@ PASSES = 2
 MAX_RACES = 256
 
 
-class Contest(NamedTuple):
-    """What a race is about.
-
-    Attributes:
-        key: The compiled plan that AUTO prefers.
-        bucket: The largest batch size of the bucket.
-        others: The other compilers that have a plan for the same layers.
-    """
-
-    key: PlanKey
-    bucket: int
-    others: tuple[Extractor, ...] = ()
-
-    @classmethod
-    def of(cls, key: PlanKey, size: int, others: Sequence[Extractor] = ()) -> Contest:
-        """Return the contest for a plan's requests with so many items."""
-        return cls(key, 1 << (size - 1).bit_length(), tuple(others))
-
-
-@dataclass(frozen=True, slots=True)
-class Race:
-    """The result of a race.
-
-    Attributes:
-        first: The extractor that AUTO prefers without a race.
-        winner: The extractor that serves the requests from now on.
-        ratios: For each other extractor, how many times as fast as the first one it was, by turn.
-    """
-
-    first: Extractor
-    winner: Extractor
-    ratios: Mapping[Extractor, Sequence[float]]
-
-    def had(self, extractors: Iterable[Extractor]) -> bool:
-        """Return whether all of these took part."""
-        return self.ratios.keys() >= set(extractors)
-
-    def __str__(self) -> str:
-        """Return the result in words."""
-        turns = len(next(iter(self.ratios.values())))
-        rates = {self.first: [1.0] * turns, **self.ratios}
-        own, beside = rates.pop(self.winner), []
-        for other, theirs in rates.items():
-            factors = [mine / its for mine, its in zip(own, theirs, strict=True)]
-            beside.append(
-                f"{statistics.median(factors):.2f} times as fast as {other.name} "
-                f"({min(factors):.2f} to {max(factors):.2f} in {turns} turns)"
-            )
-        return f"{self.winner.name} was {' and '.join(beside)}"
-
-
 class Races:
     """Runs the races of one model, and keeps their results. Thread-safe.
 
@@ -110,6 +60,7 @@ class Races:
             one first; fewer than two if there is no race.
         sample: Returns a batch of so many items for a plan, on the model's device.
         names_of: Returns the names of a plan's layers, for notes.
+        kept: The results of earlier starts.
     """
 
     def __init__(
@@ -118,27 +69,34 @@ class Races:
         contenders: Callable[[Contest, int], Sequence[Plan]],
         sample: Callable[[Plan, int], Batch],
         names_of: Callable[[Plan], str],
+        kept: KeptRaces,
     ) -> None:
         self._compute = compute
         self._contenders = contenders
         self._sample = sample
         self._names_of = names_of
         self._lock = threading.Lock()
-        # By the plan and the bucket: a later race replaces one with fewer extractors.
-        self._results: OrderedDict[tuple[PlanKey, int], tuple[Race, str]] = OrderedDict()
+        self._kept = kept
+        # By the plan and the bucket: a later race replaces one with fewer extractors. None if there
+        # was no race yet, and none in an earlier start.
+        self._results: OrderedDict[tuple[PlanKey, int], Race | None] = OrderedDict()
         self._call = Call()
 
     @property
     def notes(self) -> tuple[str, ...]:
         """The results so far, for people."""
         with self._lock:
-            return tuple(note for _, note in self._results.values())
+            return tuple(str(race) for race in self._results.values() if race)
 
     def result(self, contest: Contest) -> Race | None:
         """Return a contest's last race, maybe of fewer extractors; None if there was none."""
+        place = contest.key, contest.bucket
         with self._lock:
-            found = self._results.get((contest.key, contest.bucket))
-        return None if found is None else found[0]
+            if place in self._results:
+                return self._results[place]
+            race = self._kept.find(contest)
+            self._remember(place, race)
+            return race
 
     def steps(self, contest: Contest, size: int) -> Iterator[None]:
         """Run a race, and yield between its passes.
@@ -171,9 +129,12 @@ class Races:
                 times[plan.extractor] = min(taken)
             for extractor, of_turns in ratios.items():
                 of_turns.append(times[plans[0].extractor] / times[extractor])
-        race = _result(plans[0].extractor, ratios)
         items = f"{size} item{'s' if size > 1 else ''}"
-        self._keep(contest, race, f"AUTO, {self._names_of(plans[0])}, about {items}: {race}")
+        where = f"{self._names_of(plans[0])}, about {items}"
+        race = _result(plans[0].extractor, ratios, where)
+        with self._lock:
+            self._remember((contest.key, contest.bucket), race)
+        self._kept.store(contest, race)
 
     def close(self) -> None:
         """Stop the race that is running."""
@@ -194,18 +155,18 @@ class Races:
 
         return self._compute.run(run, self._call)
 
-    def _keep(self, contest: Contest, race: Race, note: str) -> None:
-        with self._lock:
-            self._results[contest.key, contest.bucket] = race, note
-            while len(self._results) > MAX_RACES:
-                self._results.popitem(last=False)
+    def _remember(self, place: tuple[PlanKey, int], race: Race | None) -> None:
+        """Keep a result in memory; the lock is held."""
+        self._results[place] = race
+        while len(self._results) > MAX_RACES:
+            self._results.popitem(last=False)
 
 
 def _pays(ratios: Sequence[float]) -> bool | None:
     return other_pays(ratios, margin=MARGIN)
 
 
-def _result(first: Extractor, ratios: Mapping[Extractor, Sequence[float]]) -> Race:
+def _result(first: Extractor, ratios: Mapping[Extractor, Sequence[float]], where: str) -> Race:
     faster = [extractor for extractor, of_turns in ratios.items() if _pays(of_turns)]
     winner = max(faster, key=lambda each: statistics.median(ratios[each]), default=first)
-    return Race(first, winner, ratios)
+    return Race(first, winner, ratios, where)

@@ -53,6 +53,7 @@ FORMAT = "6"
 SUFFIX = ".plan.pt"
 CATALOGUE_SUFFIX = ".catalogue"
 PROOF_SUFFIX = ".proof"
+RACES_SUFFIX = ".races"
 PART = ".part"
 """The suffix of a file that is being written."""
 
@@ -70,8 +71,8 @@ MAX_DIGESTING = 4
 class PlanCache:
     """A folder, bounded in bytes, whose least recently used files are removed first.
 
-    It has the compiled programs of declared layers and the catalogues of models (see
-    ``kept_catalogue``).
+    It has the compiled programs of declared layers, the catalogues of models (see
+    ``kept_catalogue``) and the results of their races.
 
     A full, read-only or broken disk is not an error: the log says so, nothing is stored, and the
     server works without stored plans. Each program is tried again, so space that becomes free later
@@ -110,6 +111,10 @@ class PlanCache:
         """Return the path of one model's catalogue, which may not exist yet."""
         return self._folder / f"{digest}{CATALOGUE_SUFFIX}"
 
+    def races(self, digest: str) -> Path:
+        """Return the path of the results of one model's races, which may not exist yet."""
+        return self._folder / f"{digest}{RACES_SUFFIX}"
+
     @staticmethod
     def used(path: Path) -> None:
         """Record that a file was just used, so that it is removed last."""
@@ -144,7 +149,7 @@ class PlanCache:
         """Remove the least recently used files until the others fit."""
         found = []
         for path in itertools.chain.from_iterable(
-            map(self._files, (SUFFIX, CATALOGUE_SUFFIX, PROOF_SUFFIX))
+            map(self._files, (SUFFIX, CATALOGUE_SUFFIX, PROOF_SUFFIX, RACES_SUFFIX))
         ):
             with suppress(OSError):  # Another process may be trimming too.
                 state = path.stat()
@@ -197,6 +202,10 @@ class PlanFile:
         self._path = path
         self._proof = path.with_name(path.name.removesuffix(SUFFIX) + PROOF_SUFFIX)
         self._digest = ""  # Of the file's content, as it was last read or written.
+
+    def exists(self) -> bool:
+        """Return whether the program is stored."""
+        return self._path.exists()
 
     def proven_sizes(self, facts: str) -> list[int]:
         """Return the batch sizes for which the program that was just loaded is known to be proven.

@@ -1,0 +1,66 @@
+"""What a race of extractors is about, and its result."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from layertap.extraction.plan import PlanKey
+from layertap.selection import Extractor
+
+__all__ = ["Contest", "Race"]
+
+
+class Contest(NamedTuple):
+    """What a race is about.
+
+    Attributes:
+        key: The compiled plan that AUTO prefers.
+        bucket: The largest batch size of the bucket.
+        others: The other compilers that have a plan for the same layers.
+    """
+
+    key: PlanKey
+    bucket: int
+    others: tuple[Extractor, ...] = ()
+
+    @classmethod
+    def of(cls, key: PlanKey, size: int, others: Sequence[Extractor] = ()) -> Contest:
+        """Return the contest for a plan's requests with so many items."""
+        return cls(key, 1 << (size - 1).bit_length(), tuple(others))
+
+
+@dataclass(frozen=True, slots=True)
+class Race:
+    """The result of a race.
+
+    Attributes:
+        first: The extractor that AUTO prefers without a race.
+        winner: The extractor that serves the requests from now on.
+        ratios: For each other extractor, how many times as fast as the first one it was, by turn.
+        where: The layers and the number of items, for people.
+    """
+
+    first: Extractor
+    winner: Extractor
+    ratios: Mapping[Extractor, Sequence[float]]
+    where: str
+
+    def had(self, extractors: Iterable[Extractor]) -> bool:
+        """Return whether all of these took part."""
+        return {self.first, *self.ratios} >= set(extractors)
+
+    def __str__(self) -> str:
+        """Return the result in words."""
+        turns = len(next(iter(self.ratios.values())))
+        rates = {self.first: [1.0] * turns, **self.ratios}
+        own, beside = rates.pop(self.winner), []
+        for other, theirs in rates.items():
+            factors = [mine / its for mine, its in zip(own, theirs, strict=True)]
+            beside.append(
+                f"{statistics.median(factors):.2f} times as fast as {other.name} "
+                f"({min(factors):.2f} to {max(factors):.2f} in {turns} turns)"
+            )
+        return f"AUTO, {self.where}: {self.winner.name} was {' and '.join(beside)}"
