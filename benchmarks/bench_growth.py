@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import torchvision
 
 import common
@@ -109,6 +110,14 @@ def weights_mib(net: str) -> float:
     return sum(parameter.nbytes for parameter in module.parameters()) / 2**20
 
 
+def pass_ms(net: str, shape: Sequence[int]) -> float:
+    """Return the median time of a pass of one item of a net, without layertap."""
+    module, x = torchvision.models.get_model(net, weights=None).eval(), torch.rand(*shape)
+    with torch.no_grad():
+        module(x)
+        return statistics.median(common.timed(lambda: module(x), 5))
+
+
 class Curves:
     """Measures and collects curves.
 
@@ -136,7 +145,13 @@ class Curves:
 
     def requests(self, most: int) -> None:
         """Measure what depends on requests to one server."""
-        with serving([NET], *small("--layers", LAYER)) as (address, _, _), Client(address) as mine:
+        with ExitStack() as stack:
+            settings = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "settings.toml"
+            # By default a server refuses requests where 64 are waiting.
+            settings.write_text(f"[limits]\npending = {2 * most}\n", "utf-8")
+            flags = small("--layers", LAYER, "--config", str(settings))
+            address, _, _ = stack.enter_context(serving([NET], *flags))
+            mine = stack.enter_context(Client(address))
             first = mine.extract(NET, items(1), LAYER)[LAYER]
             twice = mine.extract(NET, items(2), LAYER)[LAYER]
             if not np.allclose(first, twice[:1], rtol=1e-4, atol=1e-4):
@@ -163,16 +178,15 @@ class Curves:
         # By HOOK: other layer sets would be compiled meanwhile.
         ask = partial(client.extract, NET, items(1), extractor="hook")
         names = list(ask(ALL))
-        counts = sorted({*_doubling(2, len(names)), len(names)})
         by_count, by_bytes = [], []
-        for count in counts:
-            chosen = names[:count]
-            size = sum(each.nbytes for each in ask(chosen).values())
-            took = median_ms(partial(ask, chosen), self._seconds)
-            by_count.append((count, took))
-            by_bytes.append((size / 2**20, took))
-        self.add("layers", "layers in a reply", "ms", 1.0, by_count)
-        self.add("bytes", "MiB in a reply", "ms", 1.0, by_bytes)
+        for count in sorted({*_doubling(2, len(names)), len(names)}):
+            first, whole = names[:count], [*names[:count], *names[-1:]]
+            size = sum(each.nbytes for each in ask(whole).values())
+            by_count.append((count, median_ms(partial(ask, first), self._seconds)))
+            by_bytes.append((size / 2**20, median_ms(partial(ask, whole), self._seconds)))
+        self.add("layers", "first layers in a reply", "ms", 1.0, by_count)
+        # With the last layer, all of them are one pass.
+        self.add("bytes", "MiB in a reply of a whole pass", "ms", 1.0, by_bytes)
 
     def _batches(self, client: Client) -> None:
         points = []
@@ -223,7 +237,8 @@ class Curves:
                     pass  # Its catalogues are kept from now on.
                 with serving(named, *flags) as (address, pid, seconds), Client(address) as client:
                     last = f"m{count - 1}"
-                    call = partial(client.extract, last, items(1), "features.3")
+                    # By HOOK: the layer would be compiled meanwhile.
+                    call = partial(client.extract, last, items(1), "features.3", extractor="hook")
                     took = median_ms(call, self._seconds)
                     memory.append((count, proc(pid, "VmRSS")))
                     times.append((count, took))
@@ -234,16 +249,22 @@ class Curves:
 
     def sizes(self, nets: Sequence[str]) -> None:
         """Measure first and second starts of models of several sizes."""
-        cold, warm, peaks = [], [], []
+        cold, warm, peaks, passes = [], [], [], []
         with tempfile.TemporaryDirectory() as folder:
             for net in nets:
                 flags = ("--layers", LAYERS[net], "--plan-cache", folder)
                 size = weights_mib(net)
-                with serving([net], *flags) as (_, pid, seconds):
+                with serving([net], *flags) as (address, pid, seconds):
                     cold.append((size, seconds))
                     peaks.append((size, proc(pid, "VmHWM")))
+                    with Client(address) as client:
+                        (given,) = client.describe_model(net).inputs
                 with serving([net], *flags) as (_, _, seconds):
                     warm.append((size, seconds))
+                shape = [dimension.size for dimension in given.shape]
+                passes.append((pass_ms(net, shape), cold[-1][1]))
+        self.add("first start, passes", "ms of a plain pass", "s to READY without caches", 1.0,
+                 sorted(passes))  # fmt: skip
         self.add("first start", "MiB of weights", "s to READY without caches", 1.0, cold)
         self.add("restart", "MiB of weights", "s to READY with caches", 1.0, warm)
         self.add("peak memory", "MiB of weights", "MiB at most while loading", 1.0, peaks)
