@@ -148,7 +148,7 @@ class Curves:
         with ExitStack() as stack:
             settings = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "settings.toml"
             # By default a server refuses requests where 64 are waiting.
-            settings.write_text(f"[limits]\npending = {2 * most}\n", "utf-8")
+            settings.write_text(f"[limits]\npending = {max(64, 2 * most)}\n", "utf-8")
             flags = small("--layers", LAYER, "--config", str(settings))
             address, _, _ = stack.enter_context(serving([NET], *flags))
             mine = stack.enter_context(Client(address))
@@ -180,7 +180,7 @@ class Curves:
         names = list(ask(ALL))
         by_count, by_bytes = [], []
         for count in sorted({*_doubling(2, len(names)), len(names)}):
-            first, whole = names[:count], [*names[:count], *names[-1:]]
+            first, whole = names[:count], list({*names[:count], names[-1]})
             size = sum(each.nbytes for each in ask(whole).values())
             by_count.append((count, median_ms(partial(ask, first), self._seconds)))
             by_bytes.append((size / 2**20, median_ms(partial(ask, whole), self._seconds)))
@@ -258,7 +258,7 @@ class Curves:
                     cold.append((size, seconds))
                     peaks.append((size, proc(pid, "VmHWM")))
                     with Client(address) as client:
-                        (given,) = client.describe_model(net).inputs
+                        (given,) = client.describe_model(net).model.inputs
                 with serving([net], *flags) as (_, _, seconds):
                     warm.append((size, seconds))
                 shape = [dimension.size for dimension in given.shape]
