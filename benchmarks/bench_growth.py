@@ -249,23 +249,21 @@ class Curves:
 
     def sizes(self, nets: Sequence[str]) -> None:
         """Measure first and second starts of models of several sizes."""
-        cold, warm, peaks, passes = [], [], [], []
+        cold, warm, peaks = [], [], []
         with tempfile.TemporaryDirectory() as folder:
             for net in nets:
                 flags = ("--layers", LAYERS[net], "--plan-cache", folder)
                 size = weights_mib(net)
                 with serving([net], *flags) as (address, pid, seconds):
-                    cold.append((size, seconds))
+                    first = seconds
                     peaks.append((size, proc(pid, "VmHWM")))
                     with Client(address) as client:
                         (given,) = client.describe_model(net).model.inputs
                 with serving([net], *flags) as (_, _, seconds):
                     warm.append((size, seconds))
                 shape = [dimension.size for dimension in given.shape]
-                passes.append((pass_ms(net, shape), cold[-1][1]))
-        self.add("first start, passes", "ms of a plain pass", "s to READY without caches", 1.0,
-                 sorted(passes))  # fmt: skip
-        self.add("first start", "MiB of weights", "s to READY without caches", 1.0, cold)
+                cold.append((pass_ms(net, shape), first))
+        self.add("first start", "ms of a plain pass", "s to READY without caches", 1.0, cold)
         self.add("restart", "MiB of weights", "s to READY with caches", 1.0, warm)
         self.add("peak memory", "MiB of weights", "MiB at most while loading", 1.0, peaks)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kept import kept
-from layertap import LayerSelection
+from layertap import Client, LayerSelection
 from layertap.engine import Engine, describe
 from layertap.extraction import CapturePoint, Taps
 from layertap.extraction.kinds import torchscript
@@ -106,6 +106,32 @@ def test_the_command_line_shows_refused_plans(engine, refuse) -> None:
     with running_server(engine) as address:
         shown = layertap("layers", "residual", "--server", address)
     assert "refused: layer2 at x [B, 3, 16, 16]: TORCHSCRIPT can't serve 'layer2'" in shown.stdout
+
+
+def test_a_server_describes_a_model_as_it_is_now(engine, refuse) -> None:
+    """Its description is encoded once, and again after a refusal or when the model is another."""
+    load(engine, "residual")
+    with running_server(engine) as address, Client(address) as client:
+        first = client.describe_model("residual")
+        assert client.describe_model("residual") == first
+        assert not first.refused_plans
+        assert client.describe_model("residual", fingerprint=True).model.fingerprint
+        engine.unload("residual")
+        refuse("layer2", Capture.OUTPUT, "conv1")  # It loads the net again.
+        assert not client.describe_model("residual").refused_plans
+        engine.host("residual").declare([LayerSelection("layer2")])
+        now = client.describe_model("residual")
+        (plan,) = now.refused_plans
+        (layer,) = (each for each in now.layers if each.name == "layer2")
+        assert verdicts(layer) == {OUTPUT: (False, plan.reason), INPUT: (True, "")}
+        assert now == description_to_proto(describe(engine.host("residual")))
+        assert not now.model.fingerprint
+        engine.unload("residual")
+        other = ModelSpec("tinynets:patches", name="residual", item_shape=(3, 16, 24))
+        engine.load(other, [])
+        now = client.describe_model("residual")
+        assert now == description_to_proto(describe(engine.host("residual")))
+        assert [layer.name for layer in now.layers] != [layer.name for layer in first.layers]
 
 
 def test_the_rules_of_a_models_passes_are_described(engine) -> None:

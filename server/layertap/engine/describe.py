@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -32,6 +33,11 @@ __all__ = ["describe", "summarize"]
 _RefusedAlone = Mapping[tuple[Extractor, str], str]
 """Why an extractor could not serve one side of a layer by itself, by extractor and side name."""
 
+_described: WeakKeyDictionary[ModelHost, tuple[_RefusedAlone, tuple[LayerDescription, ...]]] = (
+    WeakKeyDictionary()
+)
+"""The layers of each model as they were described last, and the refusals that they depend on."""
+
 
 def describe(host: ModelHost, *, fingerprint: bool = False) -> ModelDescription:
     """Describe a loaded model and its layers, including plans that were refused so far.
@@ -40,10 +46,9 @@ def describe(host: ModelHost, *, fingerprint: bool = False) -> ModelDescription:
 
     If a plan was refused for one layer by itself, the reason is listed at that layer, too.
     """
-    refused = _refused_alone(host)
     return replace(
         summarize(host),
-        layers=tuple(_layer(entry, host, refused) for entry in host.catalogue),
+        layers=_layers(host),
         refused_plans=tuple(map(_refused_plan, host.refused_plans())),
         fingerprint=host.fingerprint() if fingerprint else "",
     )
@@ -81,6 +86,16 @@ def summarize(host: ModelHost) -> ModelDescription:
 
 def _of_lengths(host: ModelHost) -> tuple[str, ...]:
     return (host.lengths.note,) if host.lengths is not None else ()
+
+
+def _layers(host: ModelHost) -> tuple[LayerDescription, ...]:
+    """Return the layers; the same object each time, until another plan is refused."""
+    refused = _refused_alone(host)
+    known = _described.get(host)
+    if known is None or known[0] != refused:
+        known = refused, tuple(_layer(entry, host, refused) for entry in host.catalogue)
+        _described[host] = known
+    return known[1]
 
 
 def _refused_plan(plan: RefusedPlan) -> RefusedPlanDescription:

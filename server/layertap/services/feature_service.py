@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+
+from layertap.description import ModelDescription
 from layertap.engine import Engine
 from layertap.services.answer import Answer
 from layertap.services.caller import Caller
@@ -18,6 +21,8 @@ from layertap.wire.descriptions import description_to_proto, model_to_proto
 from layertap.wire.messages import decode_request
 
 __all__ = ["FeatureService"]
+
+MAX_ENCODINGS = 128
 
 
 class FeatureService:
@@ -41,6 +46,9 @@ class FeatureService:
     ) -> None:
         self._converter = Converter(engine.limits.request_bytes, memory)
         self._plane = DataPlane(engine, observer)
+        # A description has a row for each layer. Clients ask for it as they connect, maybe at once.
+        self._lock = threading.Lock()
+        self._encodings: dict[tuple[str, bool], tuple[ModelDescription, bytes]] = {}
         self._streams = ExtractStream(engine, observer, self._converter, threads)
 
     def extract(self, message: bytes, caller: Caller) -> Answer:
@@ -59,8 +67,20 @@ class FeatureService:
     def describe_model(self, message: bytes, caller: Caller) -> bytes:
         """Describe a model and its layers."""
         request = parse(feature_service_pb2.DescribeModelRequest, message)
-        described = self._plane.describe(request.model, fingerprint=request.fingerprint)
-        return description_to_proto(described).SerializeToString()
+        return self._encoded(self._plane.describe(request.model, fingerprint=request.fingerprint))
+
+    def _encoded(self, described: ModelDescription) -> bytes:
+        """Return a description's bytes, those of the last time if nothing has changed."""
+        name = described.name, bool(described.fingerprint)
+        known = self._encodings.get(name)
+        if known is None or known[0] != described:
+            known = described, description_to_proto(described).SerializeToString()
+            with self._lock:
+                self._encodings.pop(name, None)
+                self._encodings[name] = known
+                if len(self._encodings) > MAX_ENCODINGS:  # Of models that were unloaded.
+                    del self._encodings[next(iter(self._encodings))]
+        return known[1]
 
     def methods(self) -> Methods:
         """Return the methods by name."""
