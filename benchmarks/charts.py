@@ -101,6 +101,7 @@ def curves(file: Path, curves: dict[str, dict[str, Any]]) -> None:
     """Draw curves with logarithmic axes into a PNG file, each with the slope that is expected."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import NullFormatter
     except ImportError:
         print(f"no matplotlib: {file.name} is left as it is")
         return
@@ -114,6 +115,12 @@ def curves(file: Path, curves: dict[str, dict[str, Any]]) -> None:
         expected = [last * (x / xs[-1]) ** curve["expected"] for x in xs]
         axis.loglog(xs, ys, marker=".")
         axis.loglog(xs, expected, linestyle=":", color="grey")
+        # At least a decade, so that what is flat looks flat.
+        bottom, top = axis.get_ylim()
+        wider = max(1.0, (10 * bottom / top) ** 0.5)
+        axis.set_ylim(bottom / wider, top * wider)
+        for each in (axis.xaxis, axis.yaxis):
+            each.set_minor_formatter(NullFormatter())
         axis.set_title(name, fontsize=9)
         axis.set_xlabel(curve["x"], fontsize=7)
         axis.set_ylabel(curve["y"], fontsize=7)

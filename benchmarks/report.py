@@ -1084,7 +1084,10 @@ def _growth(results: dict[str, Any], folder: Path) -> str:
         [
             name,
             f"{curve['y']} / {curve['x']}",
-            ", ".join(f"{charts.digits(y)} / {charts.digits(x)}" for x, y in curve["points"]),
+            ", ".join(
+                f"{charts.digits(y)} / {x if isinstance(x, int) else charts.digits(x)}"
+                for x, y in curve["points"]
+            ),
             f"{curve['slope']:.2f}",
             f"{curve['end']:.2f}",
             f"{curve['expected']:.2f}",
