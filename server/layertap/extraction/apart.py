@@ -26,17 +26,18 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from typing import IO
 
 import torch
 
 from layertap.extraction.base import Values
-from layertap.extraction.memory_file import memory_file, write_program
 from layertap.models import Batch
+from layertap.silence import warnings_ignored
 
 __all__ = ["ProgramEndedError", "may_end_the_process", "run_apart"]
 
@@ -58,15 +59,15 @@ _POLL_SECONDS = 0.002
 _IDLE_SECONDS = 20.0
 """Seconds for which a helper waits for another program before it is ended."""
 
-# Its standard input is a socket. A message has the code that a child runs, and its files, which get
-# the numbers from 0 on; the answer is the child's exit code. An alarm ends the child if no other
+# Its standard input is a socket. A message has the code that a child runs, and the files for the
+# child's standard streams; the answer is the child's exit code. An alarm ends the child if no other
 # process does.
 _HELPER = """
 import os, signal, socket, struct, sys
 import torch
 server = socket.socket(fileno=0)
 while True:
-    code, files, *_ = socket.recv_fds(server, 1 << 16, 4)
+    code, files, *_ = socket.recv_fds(server, 1 << 16, 3)
     if not code:
         os._exit(0)
     child = os.fork()
@@ -89,10 +90,10 @@ with open(0, "rb") as given:
 torch.set_num_threads(1)
 if torch.device(given["device"]).type == "cpu":  # As in the server; see kinds.torchscript.
     torch._C._set_graph_executor_optimize(False)
+stored = io.BytesIO(given["program"].numpy().tobytes())
 values = []
 with torch.inference_mode():
-    with open(3, "rb") as stored:
-        program = torch.jit.load(stored, map_location=given["device"])
+    program = torch.jit.load(stored, map_location=given["device"])
     program = torch.jit.optimize_for_inference(program)
     for tensors in given["batches"]:
         for _ in range(given["runs"]):
@@ -144,14 +145,12 @@ def run_apart(
     Raises:
         ProgramEndedError: The program raised, ended the process or took too long.
     """
-    with ExitStack() as files:
-        given, answer, said, stored = (files.enter_context(memory_file()) for _ in range(4))
-        write_program(program, stored)
-        given.write(_packed(batches, device, runs))
+    with _memory() as given, _memory() as answer, _memory() as said:
+        given.write(_packed(program, batches, device, runs))
         given.seek(0)
         helper = _free_helper()
         try:
-            code = yield from helper.run(_CHILD, (given, answer, said, stored))
+            code = yield from helper.run(_CHILD, (given, answer, said))
         except BaseException:
             helper.end()
             raise
@@ -192,9 +191,7 @@ class _Helper:
                 raise ProgramEndedError(reason) from error
 
     def run(self, code: str, files: Sequence[IO[bytes]]) -> Generator[None, None, int]:
-        """Run code in a child with these files, in steps; return its exit code.
-
-        The first three are the child's standard streams, and the fourth has the number 3.
+        """Run code in a child with these standard streams, in steps; return its exit code.
 
         Raises:
             ProgramEndedError: It took too long or the helper ended; don't use the helper again.
@@ -295,15 +292,30 @@ def _end_all() -> None:
         _idle.clear()
 
 
-def _packed(batches: Sequence[Batch], device: torch.device, runs: int) -> bytes:
-    packed = io.BytesIO()
-    content = {
-        "batches": [[tensor.cpu() for tensor in batch.values()] for batch in batches],
-        "device": str(device),
-        "runs": runs,
-    }
-    torch.save(content, packed)
+def _packed(
+    program: torch.jit.ScriptModule,
+    batches: Sequence[Batch],
+    device: torch.device,
+    runs: int,
+) -> bytes:
+    stored, packed = io.BytesIO(), io.BytesIO()
+    with warnings_ignored():
+        torch.jit.save(program, stored)
+        content = {
+            "program": torch.frombuffer(bytearray(stored.getvalue()), dtype=torch.uint8),
+            "batches": [[tensor.cpu() for tensor in batch.values()] for batch in batches],
+            "device": str(device),
+            "runs": runs,
+        }
+        torch.save(content, packed)
     return packed.getvalue()
+
+
+def _memory() -> IO[bytes]:
+    """Return a file in memory if possible, as a disk may be full; else a temporary file."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("layertap-program"), "w+b")
+    return tempfile.TemporaryFile()
 
 
 def _how_it_ended(code: int, said: IO[bytes]) -> str:

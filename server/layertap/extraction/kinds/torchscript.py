@@ -41,7 +41,6 @@ from torch import nn
 from layertap.extraction.apart import may_end_the_process, run_apart
 from layertap.extraction.base import BuiltExtractor, Values
 from layertap.extraction.kinds.base import BuildContext, CompiledKind, Take, cloned
-from layertap.extraction.memory_file import bytes_of, memory_file, write_program
 from layertap.extraction.packed_linears import pack_linears
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.points import CapturePoint, Sink
@@ -228,10 +227,15 @@ class TorchScriptKind(CompiledKind[torch.jit.ScriptModule]):
         return built.part(indexes) if isinstance(built, TorchScriptExtractor) else None
 
     def save(self, program: torch.jit.ScriptModule) -> memoryview:
-        """See CompiledKind; the bytes are in memory once."""
-        with memory_file() as file:
-            write_program(program, file)
-            return bytes_of(file)
+        """See CompiledKind.
+
+        It writes to memory, never directly to a file: on a full disk, the destructor of torch's
+        own writer throws, which ends the process (``std::terminate``; pytorch/pytorch#156955).
+        """
+        buffer = io.BytesIO()
+        with _deprecated():
+            torch.jit.save(program, buffer)
+        return buffer.getbuffer()
 
     def load(self, path: Path, model: LoadedModel) -> torch.jit.ScriptModule:
         """See CompiledKind."""
