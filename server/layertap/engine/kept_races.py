@@ -53,12 +53,7 @@ class KeptRaces:
         newest = list(kept.items())[-MAX_KEPT:]
         data = json.dumps({name: _record(each) for name, each in newest}).encode()
         try:
-            written = self._cache.write(memoryview(data))
-            try:
-                written.replace(self._path)
-            except OSError:
-                remove(written)
-                raise
+            self._cache.replace(self._path, memoryview(data))
         except (OSError, ConfigError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             _log.warning("the result of a race is not kept: %s", reason)

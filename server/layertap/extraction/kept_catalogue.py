@@ -213,12 +213,7 @@ class CatalogueFile:
             return False
         try:
             data = _packed(self._facts, self._kept(catalogue))
-            written = self._cache.write(memoryview(data))
-            try:
-                written.replace(self._path)
-            except OSError:
-                remove(written)
-                raise
+            self._cache.replace(self._path, memoryview(data))
         except _NotKeptError as error:
             _log.info("model %s is measured at each start: %s", self._model.name, error)
         except (OSError, ConfigError) as error:

@@ -145,6 +145,20 @@ class PlanCache:
             raise
         return written
 
+    def replace(self, path: Path, data: memoryview) -> None:
+        """Write a file in place of the one at a path, if there is one; readers see either whole.
+
+        Raises:
+            OSError: If it can't be written; then the old file stays, and nothing else is left.
+            ConfigError: If other users can write to the folder.
+        """
+        written = self.write(data)
+        try:
+            written.replace(path)
+        except OSError:
+            remove(written)
+            raise
+
     def trim(self) -> None:
         """Remove the least recently used files until the others fit."""
         found = []
@@ -235,8 +249,7 @@ class PlanFile:
         """Record that the program that was just loaded or stored was proven for batch sizes."""
         proof = {"facts": facts, "program": self._digest, "sizes": sorted(set(sizes))}
         try:
-            written = self._cache.write(memoryview(json.dumps(proof).encode()))
-            written.replace(self._proof)
+            self._cache.replace(self._proof, memoryview(json.dumps(proof).encode()))
         except (OSError, ConfigError) as error:
             _log.warning("proof not kept: %s", error)
 
