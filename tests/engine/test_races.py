@@ -20,18 +20,22 @@ from asking import ask
 from layertap import Extractor, LayerSelection
 from layertap.call import Call
 from layertap.engine import Engine, HostOptions, describe
-from layertap.engine.contest import Contest, Race
+from layertap.engine.contest import Contest, Entrant, Race
 from layertap.engine.host import ModelHost
 from layertap.engine.kept_races import KeptRaces
 from layertap.engine.races import RACE_AFTER
 from layertap.extraction.base import BuiltExtractor
 from layertap.extraction.kinds.registry import kind_of
+from layertap.extraction.kinds.torchscript import CHANNELS_LAST, TorchScriptKind
 from layertap.extraction.plan_cache import PlanCache
 from layertap.extraction.points import Sink
 from layertap.extraction.verify import COMPILED_TOLERANCE, difference
 from layertap.models import Batch, ModelSpec
 from oracle import outputs_of
 from tinynets import ITEM
+
+TORCHSCRIPT, EXPORT, HOOK = map(Entrant, (Extractor.TORCHSCRIPT, Extractor.EXPORT, Extractor.HOOK))
+VARIANT = Entrant(Extractor.TORCHSCRIPT, CHANNELS_LAST)
 
 PATIENCE = 60
 DELAY = 0.02
@@ -57,8 +61,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def engine(folder: Path) -> Iterator[Engine]:
+def variants() -> tuple[str, ...]:
+    """The variants that TORCHSCRIPT has: none but in tests of them, where others would be slow."""
+    return ()
+
+
+@pytest.fixture
+def engine(
+    folder: Path, variants: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Engine]:
     """An engine with one compute thread."""
+    monkeypatch.setattr(TorchScriptKind, "variants", lambda self, device: variants)
     engine = started(folder)
     yield engine
     engine.close()
@@ -255,8 +268,8 @@ def test_a_kept_winner_whose_program_is_gone_is_not_compiled(engine: Engine, fol
     """EXPORT was named in an earlier start, and nobody has asked for it in this one."""
     host = load(engine)
     (key,) = host._declared_plans
-    ratios = {Extractor.EXPORT: (2.0, 2.0, 2.0)}
-    race = Race(Extractor.TORCHSCRIPT, Extractor.EXPORT, ratios, "layer2, about 1 item")
+    ratios = {EXPORT: (2.0, 2.0, 2.0)}
+    race = Race(TORCHSCRIPT, EXPORT, ratios, "layer2, about 1 item")
     KeptRaces(PlanCache(folder, 1 << 30), host._facts).store(Contest.of(key, 1), race)
     with closing(started(folder)) as again:
         host = load(again)
@@ -265,6 +278,147 @@ def test_a_kept_winner_whose_program_is_gone_is_not_compiled(engine: Engine, fol
         assert "EXPORT was 2.00 times" in note
         host._promoter.close()  # Its work is done.
         assert host._plans == {}
+
+
+def hurdled(host: ModelHost, monkeypatch: pytest.MonkeyPatch, *hurdled: Extractor | str) -> None:
+    """Make extractors or variants slow, whenever their programs are made."""
+    finish = TorchScriptKind.finish
+
+    def slow_finish(
+        self: TorchScriptKind, program: Any, typical: Any = None, variant: str = ""
+    ) -> BuiltExtractor:
+        built = finish(self, program, typical, variant)
+        return Slow(built) if variant in hurdled else built
+
+    monkeypatch.setattr(TorchScriptKind, "finish", slow_finish)
+    for each in hurdled:
+        if isinstance(each, Extractor):
+            slowed(host, each)
+
+
+def programs(host: ModelHost) -> set[Entrant]:
+    """Return what has a compiled program that was not declared."""
+    return {Entrant.of(key) for key, plan in host._plans.items() if plan.kind.compiled}
+
+
+with_variant = pytest.mark.parametrize("variants", [(CHANNELS_LAST,)])
+
+
+@with_variant
+def test_another_way_to_finish_the_program_wins(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AUTO's replies name TORCHSCRIPT; who names it gets the bits of the usual way."""
+    host = load(engine)
+    usual = ask(engine, "residual", "layer2", batch(1), Extractor.TORCHSCRIPT).torch()["layer2"]
+    hurdled(host, monkeypatch, Extractor.TORCHSCRIPT, Extractor.HOOK)
+    asked(engine, 1, RACE_AFTER)
+    (note,) = raced(engine)
+    assert note.startswith("AUTO, layer2, about 1 item: TORCHSCRIPT with channels last was ")
+    assert "times as fast as TORCHSCRIPT (" in note
+    assert "times as fast as HOOK (" in note
+    assert programs(host) == {VARIANT}
+    runs: list[str] = []
+    for plans in (host._plans, host._declared_plans):
+        for key, plan in list(plans.items()):
+            plans[key] = replace(plan, built=Counted(plan.built, str(Entrant.of(key)), runs))
+    assert asked(engine, 1, 3) == [Extractor.TORCHSCRIPT] * 3
+    assert runs == ["TORCHSCRIPT with channels last"] * 3
+    named = ask(engine, "residual", "layer2", batch(1), Extractor.TORCHSCRIPT)
+    assert runs[3:] == ["TORCHSCRIPT"]
+    assert torch.equal(named.torch()["layer2"], usual)
+
+
+class Counted:
+    """An extractor that notes its runs."""
+
+    def __init__(self, built: BuiltExtractor, name: str, runs: list[str]) -> None:
+        self._built, self._name, self._runs = built, name, runs
+
+    def run(self, x: Batch, sink: Sink) -> None:
+        """See BuiltExtractor."""
+        self._runs.append(self._name)
+        self._built.run(x, sink)
+
+
+@with_variant
+def test_a_program_that_loses_is_dropped(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes memory for nothing. It takes part in the race of another number of items again."""
+    host = load(engine)
+    hurdled(host, monkeypatch, CHANNELS_LAST)
+    for size, count in ((1, 1), (2, 2)):
+        asked(engine, size, RACE_AFTER)
+        assert "times as fast as TORCHSCRIPT with channels last (" in raced(engine, count)[-1]
+    host._promoter.close()
+    assert programs(host) == set()
+    assert host.refused_plans() == []
+
+
+@with_variant
+def test_a_variant_that_won_serves_after_a_restart(
+    engine: Engine, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its program is made again beside the requests, without another race."""
+    hurdled(load(engine), monkeypatch, Extractor.TORCHSCRIPT, Extractor.HOOK)
+    asked(engine, 1, RACE_AFTER)
+    told = raced(engine)
+    with closing(started(folder)) as again:
+        host = load(again)
+        asked(again, 1)
+        ends = time.monotonic() + PATIENCE
+        while VARIANT not in programs(host) and time.monotonic() < ends:
+            time.sleep(0.01)
+        assert programs(host) == {VARIANT}
+        asked(again, 1, 2 * RACE_AFTER)
+        assert notes(again) == told
+
+
+@with_variant
+def test_a_variant_that_is_wrong_never_serves(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The race is between the others, and no layer is said to be refused."""
+    finish = TorchScriptKind.finish
+
+    def wrong_finish(
+        self: TorchScriptKind, program: Any, typical: Any = None, variant: str = ""
+    ) -> BuiltExtractor:
+        built = finish(self, program, typical, variant)
+        return Wrong(built) if variant else built
+
+    monkeypatch.setattr(TorchScriptKind, "finish", wrong_finish)
+    host = load(engine)
+    slowed(host, Extractor.TORCHSCRIPT)
+    asked(engine, 1, RACE_AFTER)
+    (note,) = raced(engine)
+    assert note.startswith("AUTO, layer2, about 1 item: HOOK was ")
+    assert "channels last" not in note
+    asked(engine, 1, 2 * RACE_AFTER)
+    assert programs(host) == set()
+    assert host.refused_plans() == []
+
+
+class Wrong:
+    """An extractor whose values are wrong."""
+
+    def __init__(self, built: BuiltExtractor) -> None:
+        self._built = built
+
+    def run(self, x: Batch, sink: Sink) -> None:
+        """See BuiltExtractor."""
+        self._built.run(x, lambda index, value: sink(index, value * 1.01))
+
+
+@with_variant
+def test_where_there_is_no_room_for_a_program_there_is_no_variant(engine: Engine) -> None:
+    """It would push out the programs that serve requests."""
+    host = load(engine)
+    host._max_compiled = 0
+    slowed(host, Extractor.TORCHSCRIPT)
+    asked(engine, 1, RACE_AFTER)
+    (note,) = raced(engine)
+    assert note.startswith("AUTO, layer2, about 1 item: HOOK was ")
+    assert "channels last" not in note
 
 
 @pytest.mark.parametrize(
@@ -278,13 +432,13 @@ def test_buckets(size: int, bucket: int) -> None:
 
 def test_results_in_words() -> None:
     """The winner is told beside each of the others."""
-    ratios = {Extractor.EXPORT: (2.0, 2.0, 4.0), Extractor.HOOK: (0.5, 0.5, 0.25)}
-    own, hook = Extractor.TORCHSCRIPT, {Extractor.HOOK: (0.5, 0.25, 0.5)}
-    assert str(Race(own, own, hook, "fc, about 1 item")) == (
+    ratios = {EXPORT: (2.0, 2.0, 4.0), HOOK: (0.5, 0.5, 0.25)}
+    own = TORCHSCRIPT
+    assert str(Race(own, own, {HOOK: (0.5, 0.25, 0.5)}, "fc, about 1 item")) == (
         "AUTO, fc, about 1 item: TORCHSCRIPT was 2.00 times as fast as HOOK "
         "(2.00 to 4.00 in 3 turns)"
     )
-    changed = Race(own, Extractor.EXPORT, ratios, "fc, about 1 item")
+    changed = Race(own, EXPORT, ratios, "fc, about 1 item")
     assert str(changed) == (
         "AUTO, fc, about 1 item: EXPORT was 2.00 times as fast as TORCHSCRIPT "
         "(2.00 to 4.00 in 3 turns) and 4.00 times as fast as HOOK (4.00 to 16.00 in 3 turns)"

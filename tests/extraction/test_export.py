@@ -22,7 +22,7 @@ from asking import ask, request_for
 from exportnets import ITEM
 from layertap import Extractor, LayerSelection
 from layertap.engine import Call, Engine
-from layertap.engine.contest import Contest, Race
+from layertap.engine.contest import Contest, Entrant, Race
 from layertap.engine.kept_races import KeptRaces
 from layertap.errors import DeadlineExceededError, ExtractorUnsupportedError
 from layertap.extraction import packager
@@ -227,7 +227,8 @@ def test_a_package_that_won_a_race_serves_auto_after_a_restart(compiled: Compile
             while won and served[-1] is own and time.monotonic() < ends:
                 served.append(ask(engine, "net", LAYERS, x, Extractor.AUTO).extractor)
             assert served[-1] is (Extractor.EXPORT if won else own)
-            race = Race(own, Extractor.EXPORT, {Extractor.EXPORT: (2.0, 2.0, 2.0)}, "net")
+            winner = Entrant(Extractor.EXPORT)
+            race = Race(Entrant(own), winner, {winner: (2.0, 2.0, 2.0)}, "net")
             kept = KeptRaces(PlanCache(compiled.folder, 1 << 30), host._facts)
             kept.store(Contest.of(key, 2), race)
 

@@ -95,7 +95,7 @@ class TorchExportKind(CompiledKind[torch.export.ExportedProgram]):
         return list(program.module()(x.only))
 
     def finish(
-        self, program: torch.export.ExportedProgram, typical: Batch | None = None
+        self, program: torch.export.ExportedProgram, typical: Batch | None = None, variant: str = ""
     ) -> BuiltExtractor:
         """See CompiledKind."""
         return _Exported(program.module())

@@ -10,7 +10,32 @@ from typing import NamedTuple
 from layertap.extraction.plan import PlanKey
 from layertap.selection import Extractor
 
-__all__ = ["Contest", "Race"]
+__all__ = ["Contest", "Entrant", "Race"]
+
+
+class Entrant(NamedTuple):
+    """What takes part in a race.
+
+    Attributes:
+        extractor: The extractor.
+        variant: How its program is finished; empty for the usual way.
+    """
+
+    extractor: Extractor
+    variant: str = ""
+
+    @classmethod
+    def of(cls, key: PlanKey) -> Entrant:
+        """Return what runs a plan."""
+        return cls(key.extractor, key.variant)
+
+    def key(self, other: PlanKey) -> PlanKey:
+        """Return the key of this entrant's plan for what another plan is for."""
+        return other._replace(extractor=self.extractor, variant=self.variant)
+
+    def __str__(self) -> str:
+        """Return it in words."""
+        return f"{self.extractor.name} with {self.variant}" if self.variant else self.extractor.name
 
 
 class Contest(NamedTuple):
@@ -19,15 +44,16 @@ class Contest(NamedTuple):
     Attributes:
         key: The compiled plan that AUTO prefers.
         bucket: The largest batch size of the bucket.
-        others: The other compilers that have a plan for the same layers.
+        others: The other compilers that have a plan for the same layers, and the other ways to
+            finish the program of this one.
     """
 
     key: PlanKey
     bucket: int
-    others: tuple[Extractor, ...] = ()
+    others: tuple[Entrant, ...] = ()
 
     @classmethod
-    def of(cls, key: PlanKey, size: int, others: Sequence[Extractor] = ()) -> Contest:
+    def of(cls, key: PlanKey, size: int, others: Sequence[Entrant] = ()) -> Contest:
         """Return the contest for a plan's requests with so many items."""
         return cls(key, 1 << (size - 1).bit_length(), tuple(others))
 
@@ -37,20 +63,20 @@ class Race:
     """The result of a race.
 
     Attributes:
-        first: The extractor that AUTO prefers without a race.
-        winner: The extractor that serves the requests from now on.
-        ratios: For each other extractor, how many times as fast as the first one it was, by turn.
+        first: What AUTO prefers without a race.
+        winner: What serves the requests from now on.
+        ratios: For each other entrant, how many times as fast as the first one it was, by turn.
         where: The layers and the number of items, for people.
     """
 
-    first: Extractor
-    winner: Extractor
-    ratios: Mapping[Extractor, Sequence[float]]
+    first: Entrant
+    winner: Entrant
+    ratios: Mapping[Entrant, Sequence[float]]
     where: str
 
-    def had(self, extractors: Iterable[Extractor]) -> bool:
+    def had(self, entrants: Iterable[Entrant]) -> bool:
         """Return whether all of these took part."""
-        return {self.first, *self.ratios} >= set(extractors)
+        return {self.first, *self.ratios} >= set(entrants)
 
     def __str__(self) -> str:
         """Return the result in words."""
@@ -60,7 +86,7 @@ class Race:
         for other, theirs in rates.items():
             factors = [mine / its for mine, its in zip(own, theirs, strict=True)]
             beside.append(
-                f"{statistics.median(factors):.2f} times as fast as {other.name} "
+                f"{statistics.median(factors):.2f} times as fast as {other} "
                 f"({min(factors):.2f} to {max(factors):.2f} in {turns} turns)"
             )
-        return f"AUTO, {self.where}: {self.winner.name} was {' and '.join(beside)}"
+        return f"AUTO, {self.where}: {self.winner} was {' and '.join(beside)}"

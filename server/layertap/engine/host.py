@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 from layertap.call import Call
 from layertap.engine.compute import ComputeThreads
-from layertap.engine.contest import Contest
+from layertap.engine.contest import Contest, Entrant
 from layertap.engine.kept_races import KeptRaces
 from layertap.engine.lengths import Lengths
 from layertap.engine.promotion import Promoter
@@ -287,9 +287,9 @@ class ModelHost:
         batch_key, size = self.model.signature.key_of(x), x.size
         check_tower(self.model.signature, self.catalogue, resolved.pass_spec.values, batch_key)
         outcome = self._outcome(resolved, batch_key, x, call)
-        extractor = self._choose(resolved, batch_key, x, outcome)
-        mine = outcome if kind_of(extractor).compiled else ()
-        key = PlanKey(extractor, resolved.pass_spec, batch_key, mine)
+        chosen = self._choose(resolved, batch_key, x, outcome)
+        mine = outcome if kind_of(chosen.extractor).compiled else ()
+        key = PlanKey(chosen.extractor, resolved.pass_spec, batch_key, mine, chosen.variant)
 
         def own() -> Batch | None:
             # Of a plan for one outcome of the model's looks, the request itself is a sample.
@@ -309,11 +309,11 @@ class ModelHost:
         refusal = plan.refusal(size)
         if not refusal:
             return plan
-        if self._choose(resolved, batch_key, x, outcome) is not extractor:
+        if self._choose(resolved, batch_key, x, outcome) != chosen:
             return self.plan(resolved, x, call)
         raise ExtractorUnsupportedError(
-            f"{extractor.name} can't serve {quoted(plan.points)} of model {self.model.name!r} "
-            f"at batch size {size}: {refusal}"
+            f"{chosen.extractor.name} can't serve {quoted(plan.points)} of model "
+            f"{self.model.name!r} at batch size {size}: {refusal}"
         )
 
     def _built(self, key: PlanKey, own: Callable[[], Batch | None], call: Call) -> Plan:
@@ -488,7 +488,7 @@ class ModelHost:
                 str(refusal),
             )
             for key, refusal in refused
-            if isinstance(refusal, ExtractorUnsupportedError)
+            if isinstance(refusal, ExtractorUnsupportedError) and not key.variant
         ]
 
     def stop_promoting(self) -> None:
@@ -679,16 +679,17 @@ class ModelHost:
 
     def _choose(
         self, resolved: Resolved, batch_key: BatchKey, x: Batch, outcome: Outcome | None
-    ) -> Extractor:
+    ) -> Entrant:
         if len(resolved.candidates) == 1:
-            return resolved.candidates[0]
+            return Entrant(resolved.candidates[0])
         compiles = self._fits and len(resolved.points) <= MAX_PROMOTED
         for extractor in resolved.candidates:
             if not kind_of(extractor).compiled:
-                return extractor
+                return Entrant(extractor)
             key = PlanKey(extractor, resolved.pass_spec, batch_key, outcome)
             with self._lock:
-                plan = self._declared_plans.get(key) or self._plans.get(key)
+                # It counts as used even if the winner of its race serves.
+                plan = self._declared_plans.get(key) or _touch(self._plans, key)
                 refused = key in self._refusals
             if plan is not None and not plan.refusal(x.size):
                 return self._fastest(key, plan, x.size)
@@ -696,40 +697,56 @@ class ModelHost:
                 # A copy: the request's own memory goes with the request.
                 self._promoter.note(key, x.clone if outcome != () else lambda: None)
                 compiles = False  # The next kind is compiled only if this one is refused.
-        return resolved.candidates[0]
+        return Entrant(resolved.candidates[0])
 
-    def _fastest(self, key: PlanKey, plan: Plan, size: int) -> Extractor:
-        """Return the extractor that won the race of a compiled plan; its own if there was none."""
+    def _fastest(self, key: PlanKey, plan: Plan, size: int) -> Entrant:
+        """Return what won the race of a compiled plan; the plan's extractor if there was none."""
+        own = Entrant.of(plan.key)
         # Further passes of a stateful model would change later answers.
         stateful = self.catalogue.scope.rules.state is KeptState.KEPT
         if not self.options.race or key.outcome or stateful:
-            return plan.extractor
-        contest = Contest.of(key, size, self._other_compilers(key))
+            return own
+        contest = Contest.of(key, size, self._others(key))
         race = self.races.result(contest)
         if race is None or not race.had(contest.others):
             self._promoter.note(contest, lambda: size, after=RACE_AFTER)
-        if race is None:
-            return plan.extractor
-        if race.winner is REFERENCE.id:
+        if race is None or race.winner == own:
+            return own
+        if race.winner.extractor is REFERENCE.id:
             return race.winner
-        winner = key._replace(extractor=race.winner)
+        if race.winner.variant and race.winner not in self._variants(key):
+            return own  # It was refused.
+        winner = race.winner.key(key)
         other = self._served(winner)
         if other is None:
             self._promoter.note(winner, after=1)  # It may be in the plan cache.
-        return plan.extractor if other is None or other.refusal(size) else race.winner
+        return own if other is None or other.refusal(size) else race.winner
 
-    def _other_compilers(self, key: PlanKey) -> list[Extractor]:
-        """Return the other compilers that have a plan for the same layers."""
-        return [
-            other
+    def _others(self, key: PlanKey) -> list[Entrant]:
+        """Return what else may race a compiled plan, besides the model itself.
+
+        These are other ways to finish its program, unless they were refused, and the other
+        compilers that have a plan for the same layers.
+        """
+        compilers = [
+            Entrant(other)
             for other, kind in KINDS.items()
             if kind.compiled and other is not key.extractor
             if self._served(key._replace(extractor=other))
         ]
+        return [*self._variants(key), *compilers]
+
+    def _variants(self, key: PlanKey) -> list[Entrant]:
+        kind = kind_of(key.extractor)
+        if not isinstance(kind, CompiledKind):
+            return []
+        found = [Entrant(key.extractor, each) for each in kind.variants(self.model.device)]
+        with self._lock:
+            return [each for each in found if each.key(key) not in self._refusals]
 
     def _contenders(self, contest: Contest, size: int) -> list[Plan]:
         """Return the plans for a contest, proven at a batch size, the preferred one first."""
-        keys = [contest.key, *(contest.key._replace(extractor=each) for each in contest.others)]
+        keys = [contest.key, *(each.key(contest.key) for each in contest.others)]
         found = [self._served(key) for key in keys]
         model = self._built(contest.key._replace(extractor=REFERENCE.id), lambda: None, Call())
         plans = [plan for plan in (*found, model) if plan is not None and not plan.dynamic]
@@ -798,9 +815,31 @@ class ModelHost:
         A program that AUTO does not compile by itself, but that won a race, is only loaded.
         """
         if isinstance(key, Contest):
+            yield from self._finish_variants(key)
             yield from self.races.steps(key, noted)
+            self._drop_losers(key)
         elif kind_of(key.extractor).automatic or self._is_stored(key):
             yield from self._compile(key, noted)
+
+    def _finish_variants(self, contest: Contest) -> Iterator[None]:
+        """Compile a contest's program again for each other way to finish it, if there is room."""
+        for key in [each.key(contest.key) for each in contest.others if each.variant]:
+            with self._lock:
+                full = len(_programs(self._plans.values())) >= self._max_compiled
+            if full or self._served(key) is not None:
+                continue
+            try:
+                yield from self._compile(key, None)
+            except LayertapError as error:
+                _log.info("not in the race: %s", error)
+
+    def _drop_losers(self, contest: Contest) -> None:
+        """Drop the programs that were finished for a race only, and that have won none."""
+        winners = self.races.winners(contest.key)
+        with self._lock:
+            for each in contest.others:
+                if each.variant and each not in winners:
+                    self._plans.pop(each.key(contest.key), None)
 
     def _is_stored(self, key: PlanKey) -> bool:
         kind = kind_of(key.extractor)
@@ -854,14 +893,12 @@ class ModelHost:
         self._remember(self._plans, key, plan, self._max_plans)
         with self._lock:
             programs: set[int] = set()
-            # Plans for several sizes may have one program together.
             for used, each in reversed(list(self._plans.items())):
-                if not each.kind.compiled:
-                    continue
-                if len(programs | {id(each.built)}) > self._max_compiled:
+                its = _programs([each])
+                if len(programs | its) > self._max_compiled:
                     del self._plans[used]
                 else:
-                    programs.add(id(each.built))
+                    programs |= its
 
     def _refuse(self, key: PlanKey, refusal: Refusal) -> None:
         """Record a copy of a refusal, because the original's traceback keeps the batches alive."""
@@ -889,6 +926,11 @@ def _fresh(model: LoadedModel, again: Callable[[], LoadedModel]) -> LoadedModel 
         )
         return None
     return replace(model, module=module)
+
+
+def _programs(plans: Iterable[Plan]) -> set[int]:
+    """Return the ids of the compiled programs of plans; several sizes may have one together."""
+    return {id(plan.built) for plan in plans if plan.kind.compiled}
 
 
 def _touch(cache: OrderedDict[PlanKey, V], key: PlanKey) -> V | None:

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from layertap.engine.contest import Contest, Race
+from layertap.engine.contest import Contest, Entrant, Race
 from layertap.errors import ConfigError
 from layertap.extraction.plan_cache import PlanCache, remove
 from layertap.selection import Extractor
@@ -87,18 +87,25 @@ def _name(contest: Contest) -> str:
 
 def _record(race: Race) -> dict[str, Any]:
     return {
-        "first": race.first.name,
-        "winner": race.winner.name,
-        "ratios": {each.name: list(ratios) for each, ratios in race.ratios.items()},
+        "first": _text(race.first),
+        "winner": _text(race.winner),
+        "ratios": {_text(each): list(ratios) for each, ratios in race.ratios.items()},
         "where": race.where,
     }
 
 
 def _race(record: Mapping[str, Any]) -> Race:
     """Return a race from its record; raise any exception if it is damaged."""
-    ratios = {Extractor[name]: tuple(map(float, each)) for name, each in record["ratios"].items()}
-    race = Race(
-        Extractor[record["first"]], Extractor[record["winner"]], ratios, str(record["where"])
-    )
-    str(race)  # It needs as many ratios of each extractor.
+    ratios = {_entrant(text): tuple(map(float, each)) for text, each in record["ratios"].items()}
+    race = Race(_entrant(record["first"]), _entrant(record["winner"]), ratios, str(record["where"]))
+    str(race)  # It needs as many ratios of each entrant.
     return race
+
+
+def _text(entrant: Entrant) -> str:
+    return "/".join(filter(None, (entrant.extractor.name, entrant.variant)))
+
+
+def _entrant(text: str) -> Entrant:
+    name, _, variant = text.partition("/")
+    return Entrant(Extractor[name], variant)

@@ -4,17 +4,18 @@ Note [Measured races]
     A compiled program is mostly faster than the model under its hooks. By how much depends on the
     model, the layers, the number of items and the machine, and sometimes it is slower. AUTO begins
     with the compiled plan. Once that has served RACE_AFTER requests, the other plans for the same
-    layers race it: the model under its hooks, and programs of other compilers, if a request has
-    named them. The plans take turns on a compute thread, on input that proofs use, and each copies
-    its values as a reply does; requests run between the passes. ``layertap.turns`` has the rule:
-    another extractor must be faster by MARGIN, or AUTO keeps the compiled plan.
+    layers race it: the model under its hooks, its program finished in another way (see
+    ``CompiledKind.variants``), and programs of other compilers, if a request has named them. The
+    plans take turns on a compute thread, on input that proofs use, and each copies its values as a
+    reply does; requests run between the passes. ``layertap.turns`` has the rule: another plan must
+    be faster by MARGIN, or AUTO keeps the compiled one.
 
     Each bucket of batch sizes has a race of its own: 1, 2, 3 and 4, 5 to 8, and so on. The
     description of the model tells the results, and the plan cache keeps them for the next start
-    (see ``kept_races``). If a request names a
-    further compiler after the race, its program takes part in another one, RACE_AFTER requests
-    later. Nothing is raced where a further pass could change later answers, as of a stateful model,
-    and where a plan serves only some outcomes of the model's looks.
+    (see ``kept_races``). If a request names a further compiler after the race, its program takes
+    part in another one, RACE_AFTER requests later. A program that was finished in another way and
+    won no race is dropped. Nothing is raced where a further pass could change later answers, as of
+    a stateful model, and where a plan serves only some outcomes of the model's looks.
 """
 
 from __future__ import annotations
@@ -30,11 +31,10 @@ import torch
 
 from layertap.call import Call
 from layertap.engine.compute import ComputeThreads
-from layertap.engine.contest import Contest, Race
+from layertap.engine.contest import Contest, Entrant, Race
 from layertap.engine.kept_races import KeptRaces
 from layertap.extraction.plan import Plan, PlanKey
 from layertap.models import Batch
-from layertap.selection import Extractor
 from layertap.turns import other_pays
 
 __all__ = ["RACE_AFTER", "Races"]
@@ -116,7 +116,7 @@ class Races:
             for _ in range(plan.kind.warm_up_runs(x.device)):
                 self._timed(plan, x)
                 yield
-        ratios: dict[Extractor, list[float]] = {plan.extractor: [] for plan in plans[1:]}
+        ratios: dict[Entrant, list[float]] = {Entrant.of(plan.key): [] for plan in plans[1:]}
         while any(_pays(each) is None for each in ratios.values()):
             times = {}
             # Each plan is first in every other turn.
@@ -126,15 +126,20 @@ class Races:
                 for _ in range(PASSES):
                     taken.append(self._timed(plan, x))
                     yield
-                times[plan.extractor] = min(taken)
-            for extractor, of_turns in ratios.items():
-                of_turns.append(times[plans[0].extractor] / times[extractor])
+                times[Entrant.of(plan.key)] = min(taken)
+            for entrant, of_turns in ratios.items():
+                of_turns.append(times[Entrant.of(contest.key)] / times[entrant])
         items = f"{size} item{'s' if size > 1 else ''}"
         where = f"{self._names_of(plans[0])}, about {items}"
-        race = _result(plans[0].extractor, ratios, where)
+        race = _result(Entrant.of(contest.key), ratios, where)
         with self._lock:
             self._remember((contest.key, contest.bucket), race)
         self._kept.store(contest, race)
+
+    def winners(self, key: PlanKey) -> set[Entrant]:
+        """Return what won the races of a compiled plan, at all numbers of items so far."""
+        with self._lock:
+            return {race.winner for (of, _), race in self._results.items() if race and of == key}
 
     def close(self) -> None:
         """Stop the race that is running."""
@@ -145,7 +150,8 @@ class Races:
 
         def take(index: int, value: torch.Tensor) -> None:
             del index
-            value.to("cpu", copy=True)
+            # Replies are contiguous.
+            value.to("cpu", copy=True, memory_format=torch.contiguous_format)
 
         def run() -> int:
             own = x.clone()  # The model may write to its input.
@@ -166,7 +172,7 @@ def _pays(ratios: Sequence[float]) -> bool | None:
     return other_pays(ratios, margin=MARGIN)
 
 
-def _result(first: Extractor, ratios: Mapping[Extractor, Sequence[float]], where: str) -> Race:
-    faster = [extractor for extractor, of_turns in ratios.items() if _pays(of_turns)]
+def _result(first: Entrant, ratios: Mapping[Entrant, Sequence[float]], where: str) -> Race:
+    faster = [entrant for entrant, of_turns in ratios.items() if _pays(of_turns)]
     winner = max(faster, key=lambda each: statistics.median(ratios[each]), default=first)
     return Race(first, winner, ratios, where)

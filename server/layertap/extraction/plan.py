@@ -32,12 +32,14 @@ class PlanKey(NamedTuple):
         batch_key: What its batches have in common.
         outcome: The outcome of its passes, for a compiled plan; see ``guards``. None if it is not
             known yet; a plan's own key always has one.
+        variant: How its program is finished (see ``CompiledKind.variants``); empty as usual.
     """
 
     extractor: Extractor
     pass_spec: PassSpec
     batch_key: BatchKey
     outcome: Outcome | None = ()
+    variant: str = ""
 
 
 class Findings:
@@ -169,6 +171,7 @@ class Plan:
             pass at these sizes has measured them.
         gradients: What a plan with gradients knows besides; None for any other plan.
         edits: What a plan with interventions knows besides; None for any other plan.
+        variant: How its program is finished; empty for the usual way.
     """
 
     kind: ExtractorKind
@@ -181,6 +184,7 @@ class Plan:
     predicted: bool = False
     gradients: GradientFacts | None = None
     edits: EditFacts | None = None
+    variant: str = ""
 
     def bound(self, operands: Operands | None, changes: Changes | None = None) -> BuiltExtractor:
         """Return what runs a request: the plan's extractor, with the request's operands if any.
@@ -205,7 +209,7 @@ class Plan:
     @property
     def key(self) -> PlanKey:
         """What the plan is for."""
-        return PlanKey(self.kind.id, self.pass_spec, self.batch_key, self.outcome)
+        return PlanKey(self.kind.id, self.pass_spec, self.batch_key, self.outcome, self.variant)
 
     @property
     def extractor(self) -> Extractor:

@@ -91,13 +91,14 @@ class _WatchedError(Exception):
 class _Proof:
     """What an extractor is compared with: batches, and the reference values for each.
 
-    The batches have one outcome; see ``guards``.
+    The batches have one outcome; see ``guards``. The variant says how a program is finished.
     """
 
     kind: ExtractorKind
     pass_spec: PassSpec
     cases: list[tuple[Batch, Values]]
     outcome: Outcome = ()
+    variant: str = ""
 
     @property
     def example(self) -> Batch:
@@ -166,9 +167,9 @@ class _Candidate:
         """Whether a kept proof says that it does not end the process."""
         return self.part is not None or self.kind.kept_proof_holds(self.program)
 
-    def finished(self, example: Batch) -> BuiltExtractor:
+    def finished(self, example: Batch, variant: str) -> BuiltExtractor:
         """Return what serves; the program can't be saved any more."""
-        return self.part or self.kind.finish(self.program, example)
+        return self.part or self.kind.finish(self.program, example, variant)
 
 
 class _Purpose(NamedTuple):
@@ -178,16 +179,18 @@ class _Purpose(NamedTuple):
         extractor: The kind of the program.
         pass_spec: What it captures.
         inputs: The names of the inputs that it takes.
+        variant: How the program is finished.
     """
 
     extractor: Extractor
     pass_spec: PassSpec
     inputs: tuple[str, ...]
+    variant: str
 
     @classmethod
     def of(cls, kind: ExtractorKind, proof: _Proof) -> _Purpose:
         """Return what a program that passes a proof is for."""
-        return cls(kind.id, proof.pass_spec, tuple(proof.example))
+        return cls(kind.id, proof.pass_spec, tuple(proof.example), proof.variant)
 
 
 class PlanBuilder:
@@ -284,7 +287,7 @@ class PlanBuilder:
         self, key: PlanKey, *, example: Batch | None = None, keep: bool = False
     ) -> Iterator[Plan | Pause | None]:
         """Do what ``build`` does in steps of about one forward pass; yield the plan at the end."""
-        extractor, pass_spec, batch_key, outcome = key
+        extractor, pass_spec, batch_key, outcome, _ = key
         if pass_spec.sites:
             yield from self._edits.steps(key)
             return
@@ -336,7 +339,8 @@ class PlanBuilder:
             self._placed(point, ValueSpec.from_batches(one.dtype, one.shape, two.shape), batch_key)
             for point, one, two in zip(points, *reference, strict=True)
         )
-        proof = _Proof(kind, pass_spec, list(zip(batches, reference, strict=True)))
+        cases = list(zip(batches, reference, strict=True))
+        proof = _Proof(kind, pass_spec, cases, variant=key.variant)
         if not kind.reference:
             proof.cases.extend(self.prover.reaching_cases(kind, pass_spec, batch_key))
             yield None
@@ -348,7 +352,7 @@ class PlanBuilder:
             if not kind.reference:
                 yield from proof.steps(built)
         findings = Findings(x.size for x, _ in proof.cases)
-        yield Plan(kind, pass_spec, batch_key, specs, built, findings)
+        yield Plan(kind, pass_spec, batch_key, specs, built, findings, variant=key.variant)
 
     def _of_kept_proof(
         self, kind: CompiledKind[Any], key: PlanKey
@@ -491,9 +495,13 @@ class PlanBuilder:
         """
         kind = candidate.kind
         try:
+            if candidate.unsafe and proof.variant:
+                # The child process finishes programs in the usual way.
+                reason = "its native code could end the process"
+                raise self._refusal(kind, proof.pass_spec, reason)
             if apart and candidate.unsafe:
                 yield from self._tried_apart(kind, candidate.program, proof)
-            built = candidate.finished(proof.example)
+            built = candidate.finished(proof.example, proof.variant)
             yield None
             yield from proof.steps(built)
             # Comparing has run it as well; after other sizes it may be slow again at this one.

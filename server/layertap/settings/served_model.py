@@ -41,8 +41,9 @@ class HostOptions:
     race: Annotated[
         bool,
         Setting(
-            "Let AUTO change from a compiled program to another extractor that was measured to be "
-            "faster on this machine, while requests are served.",
+            "Let AUTO change from a compiled program to another extractor, or to another way to "
+            "finish the program, that was measured to be faster on this machine, while requests "
+            "are served.",
             kinds.TRUTH,
             flag=NO_FLAG,
         ),

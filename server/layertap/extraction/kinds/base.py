@@ -376,14 +376,27 @@ class CompiledKind(ExtractorKind, Generic[P]):
         """Return a context in which nothing is recorded or compiled for later runs."""
         return nullcontext()
 
+    def variants(self, device: torch.device) -> tuple[str, ...]:
+        """Return the other ways to finish a program, in words for people; none by default.
+
+        They are for AUTO only, and only where a race shows that one of them is faster. A request
+        that names the extractor always gets the usual way, so that it gets the same bits for ever.
+
+        Args:
+            device: Where the program runs.
+        """
+        del device
+        return ()
+
     @abstractmethod
-    def finish(self, program: P, typical: Batch | None = None) -> BuiltExtractor:
+    def finish(self, program: P, typical: Batch | None = None, variant: str = "") -> BuiltExtractor:
         """Make a program ready to run. It can't be saved afterwards.
 
         Args:
             program: The program; it may be changed in place.
             typical: A batch of sizes for which it should be fast; None if it will run a few times
                 only.
+            variant: One of ``variants``, or empty for the usual way.
         """
 
     def part(self, built: BuiltExtractor, indexes: Sequence[int]) -> BuiltExtractor | None:

@@ -200,7 +200,9 @@ class ExportKind(CompiledKind[ExportProgram]):
             raise AssertionError("a package runs once it is finished")
         return list(program.exported.module()(*x.values()))
 
-    def finish(self, program: ExportProgram, typical: Batch | None = None) -> BuiltExtractor:
+    def finish(
+        self, program: ExportProgram, typical: Batch | None = None, variant: str = ""
+    ) -> BuiltExtractor:
         """See CompiledKind."""
         return ExportExtractor(program)
 

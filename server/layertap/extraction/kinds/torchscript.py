@@ -23,6 +23,17 @@ Note [Programs run without profiling]
     The switch belongs to the thread, so it is set for each run. On CUDA torch fuses operations, so
     there it stays on.
 
+Note [Channels last instead of torch's optimisation]
+    On a CPU, torch's ``optimize_for_inference`` gives convolutions to oneDNN, in memory layouts of
+    oneDNN's own, and much of what is between the convolutions, too. Mostly that is the fastest way
+    to run a program. But where cheap operations stand between many convolutions, as in EfficientNet
+    and DenseNet, values are converted to and fro, and element-wise operations are slow in these
+    layouts. A convolution whose weights have channels last returns channels last, and so does what
+    follows, by torch's usual operations. A program that is only frozen and has such weights took
+    0.4 to 0.8 of the time for EfficientNet-B0, MobileNetV3 and DenseNet-121, up to 1.15 for VGG,
+    and about the same for ResNet (``benchmarks/bench_variants.py``). So this is a variant, which
+    AUTO takes where it wins a race.
+
 torch.jit is deprecated upstream in favour of torch.export. Only this file compiles with torch.jit;
 another compiler would be another kind.
 """
@@ -40,6 +51,7 @@ from torch import nn
 
 from layertap.extraction.apart import may_end_the_process, run_apart
 from layertap.extraction.base import BuiltExtractor, Values
+from layertap.extraction.channels_last import lay_out_channels_last
 from layertap.extraction.kinds.base import BuildContext, CompiledKind, Take, cloned
 from layertap.extraction.packed_linears import pack_linears
 from layertap.extraction.pass_spec import PassSpec
@@ -50,7 +62,10 @@ from layertap.models import Batch, LoadedModel
 from layertap.selection import Capture, Extractor
 from layertap.silence import warnings_ignored
 
-__all__ = ["KIND", "TorchScriptExtractor", "TorchScriptKind", "trace_taps"]
+__all__ = ["CHANNELS_LAST", "KIND", "TorchScriptExtractor", "TorchScriptKind", "trace_taps"]
+
+CHANNELS_LAST = "channels last"
+"""A variant; see Note [Channels last instead of torch's optimisation]."""
 
 _tracing = threading.Lock()
 """Held while a model is traced.
@@ -214,13 +229,21 @@ class TorchScriptKind(CompiledKind[torch.jit.ScriptModule]):
         """See CompiledKind."""
         return _unoptimized()
 
+    def variants(self, device: torch.device) -> tuple[str, ...]:
+        """See CompiledKind and Note [Channels last instead of torch's optimisation]."""
+        return (CHANNELS_LAST,) if device.type == "cpu" else ()
+
     def finish(
-        self, program: torch.jit.ScriptModule, typical: Batch | None = None
+        self, program: torch.jit.ScriptModule, typical: Batch | None = None, variant: str = ""
     ) -> BuiltExtractor:
         """See CompiledKind."""
         with _deprecated():
             packed = [] if typical is None else pack_linears(program, typical)
-            return TorchScriptExtractor(torch.jit.optimize_for_inference(program), packed)
+            if variant == CHANNELS_LAST:
+                lay_out_channels_last(program)
+            else:
+                program = torch.jit.optimize_for_inference(program)
+            return TorchScriptExtractor(program, packed)
 
     def part(self, built: BuiltExtractor, indexes: Sequence[int]) -> BuiltExtractor | None:
         """See CompiledKind."""
