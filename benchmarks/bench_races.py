@@ -27,6 +27,7 @@ LAYERS = {
     "resnet18": ("layer1", "avgpool"),
     "resnet50": ("layer1", "avgpool"),
     "vgg11_bn": ("features.7", "classifier.3"),
+    "densenet121": ("features.transition1", "features"),
     "mobilenet_v3_large": ("features.4", "avgpool"),
     "efficientnet_b0": ("features.2", "avgpool"),
     "vit_b_16": ("encoder.layers.encoder_layer_1", "encoder.ln"),

@@ -27,6 +27,7 @@ from layertap.engine.races import RACE_AFTER
 from layertap.extraction.base import BuiltExtractor
 from layertap.extraction.kinds.registry import kind_of
 from layertap.extraction.kinds.torchscript import CHANNELS_LAST, TorchScriptKind
+from layertap.extraction.plan import PlanKey
 from layertap.extraction.plan_cache import PlanCache
 from layertap.extraction.points import Sink
 from layertap.extraction.verify import COMPILED_TOLERANCE, difference
@@ -296,9 +297,14 @@ def hurdled(host: ModelHost, monkeypatch: pytest.MonkeyPatch, *hurdled: Extracto
             slowed(host, each)
 
 
+def programs_of(host: ModelHost) -> list[PlanKey]:
+    """Return the compiled plans that were not declared."""
+    return [key for key, plan in host._plans.items() if plan.kind.compiled]
+
+
 def programs(host: ModelHost) -> set[Entrant]:
-    """Return what has a compiled program that was not declared."""
-    return {Entrant.of(key) for key, plan in host._plans.items() if plan.kind.compiled}
+    """Return what runs them."""
+    return set(map(Entrant.of, programs_of(host)))
 
 
 with_variant = pytest.mark.parametrize("variants", [(CHANNELS_LAST,)])
@@ -413,12 +419,16 @@ class Wrong:
 def test_where_there_is_no_room_for_a_program_there_is_no_variant(engine: Engine) -> None:
     """It would push out the programs that serve requests."""
     host = load(engine)
-    host._max_compiled = 0
+    host._max_compiled = 1
+    ask(engine, "residual", "layer1", batch(1), Extractor.TORCHSCRIPT)
+    (other,) = programs_of(host)
     slowed(host, Extractor.TORCHSCRIPT)
     asked(engine, 1, RACE_AFTER)
     (note,) = raced(engine)
     assert note.startswith("AUTO, layer2, about 1 item: HOOK was ")
     assert "channels last" not in note
+    host._promoter.close()
+    assert programs_of(host) == [other]
 
 
 @pytest.mark.parametrize(
