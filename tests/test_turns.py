@@ -24,7 +24,8 @@ def test_a_clear_loss_needs_the_least_turns() -> None:
 def test_one_disturbed_turn_does_not_decide() -> None:
     """A turn that something else on the machine disturbed is outvoted."""
     assert other_pays([1.3, 0.2, 1.3]) is None
-    assert other_pays([1.3, 0.2, 1.3, 1.3]) is True
+    assert other_pays([1.3, 0.2, *[1.3] * (MOST_TURNS - 3)]) is None
+    assert other_pays([1.3, 0.2, *[1.3] * (MOST_TURNS - 2)]) is True
     assert other_pays([0.8, 4.0, 0.8]) is None
     assert other_pays([0.8, 4.0, 0.8, 0.8]) is False
 
@@ -45,6 +46,12 @@ def test_a_change_needs_a_margin_and_staying_does_not() -> None:
     assert other_pays([small] * MOST_TURNS) is False
     assert other_pays([small] * LEAST_TURNS, before=True) is True
     assert other_pays([MARGIN] * LEAST_TURNS) is True
+
+
+def test_few_turns_must_all_show_the_gain() -> None:
+    """A machine that others use makes one of two equal ways look faster for a while."""
+    assert other_pays([1.3] * (MOST_TURNS - 2) + [1.01]) is None
+    assert other_pays([1.3] * (MOST_TURNS - 2) + [1.01] * 2) is True
 
 
 def test_the_margin_can_be_given() -> None:

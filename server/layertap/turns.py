@@ -3,9 +3,14 @@
 Note [When another way pays]
     Both ways are measured in turns, and each turn gives the ratio of their rates, so that a machine
     whose speed drifts slows both alike. The other way is taken if it is faster in three quarters of
-    the turns, and by MARGIN in the middle one. It is left if it is slower in three quarters of the
-    turns. In between, the measurement is close and the former decision stays; if there is none, the
-    first way is kept. So a decision does not alternate between two ways that are equally fast.
+    MOST_TURNS turns, and by MARGIN in the middle one; after fewer turns, only if each of them shows
+    it faster by MARGIN. It is left if it is slower in three quarters of the turns. In between, the
+    measurement is close and the former decision stays; if there is none, the first way is kept. So
+    a decision does not alternate between two ways that are equally fast.
+
+    On machines that are shared with others, turns scatter by 10 %. Of two ways that are equally
+    fast, the other one is then taken in 11 of 100 cases, and in 2 of 100 if it is slower by 5 %
+    (simulated). If three turns could decide by their middle one, it would be 28 and 7 of 100.
 """
 
 from __future__ import annotations
@@ -38,6 +43,8 @@ def other_pays(
     if 4 * sum(ratio < 1 for ratio in ratios) >= 3 * turns:
         return False
     mostly_faster = 4 * sum(ratio > 1 for ratio in ratios) >= 3 * turns
-    if mostly_faster and (before or statistics.median(ratios) >= margin):
+    if (mostly_faster and before) or min(ratios) >= margin:
         return True
-    return None if turns < MOST_TURNS else bool(before)
+    if turns < MOST_TURNS:
+        return None
+    return bool(before) or (mostly_faster and statistics.median(ratios) >= margin)
