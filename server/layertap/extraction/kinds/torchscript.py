@@ -30,9 +30,9 @@ Note [Channels last instead of torch's optimisation]
     and DenseNet, values are converted to and fro, and element-wise operations are slow in these
     layouts. A convolution whose weights have channels last returns channels last, and so does what
     follows, by torch's usual operations. A program that is only frozen and has such weights took
-    0.4 to 0.8 of the time for EfficientNet-B0, MobileNetV3 and DenseNet-121, up to 1.15 for VGG,
-    and about the same for ResNet (``benchmarks/bench_variants.py``). So this is a variant, which
-    AUTO takes where it wins a race.
+    0.4 to 0.7 of the time for EfficientNet-B0, 0.8 for DenseNet-121, and 1.0 to 1.3 for ResNet-18
+    and VGG-11 on two cores with AVX-512 (``benchmarks/bench_races.py``). So this is a variant,
+    which AUTO takes where it wins a race.
 
 torch.jit is deprecated upstream in favour of torch.export. Only this file compiles with torch.jit;
 another compiler would be another kind.
