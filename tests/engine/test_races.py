@@ -24,6 +24,7 @@ from layertap.engine.contest import Contest, Entrant, Race
 from layertap.engine.host import ModelHost
 from layertap.engine.kept_races import KeptRaces
 from layertap.engine.races import RACE_AFTER
+from layertap.errors import ModelRunError
 from layertap.extraction.base import BuiltExtractor
 from layertap.extraction.kinds.registry import kind_of
 from layertap.extraction.kinds.torchscript import CHANNELS_LAST, TorchScriptKind
@@ -413,6 +414,30 @@ class Wrong:
     def run(self, x: Batch, sink: Sink) -> None:
         """See BuiltExtractor."""
         self._built.run(x, lambda index, value: sink(index, value * 1.01))
+
+
+@with_variant
+def test_a_race_that_fails_leaves_no_program(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AUTO stays with the program that it has."""
+    host = load(engine)
+    made: list[set[Entrant]] = []
+
+    def failing(contest: Contest, size: int) -> Iterator[None]:
+        made.append(programs(host))
+        raise ModelRunError("planted")
+        yield
+
+    monkeypatch.setattr(host.races, "steps", failing)
+    asked(engine, 1, RACE_AFTER)
+    ends = time.monotonic() + PATIENCE
+    while not made and time.monotonic() < ends:
+        time.sleep(0.01)
+    host._promoter.close()
+    assert made == [{VARIANT}]
+    assert programs(host) == set()
+    assert asked(engine, 1) == [Extractor.TORCHSCRIPT]
 
 
 @with_variant

@@ -815,9 +815,11 @@ class ModelHost:
         A program that AUTO does not compile by itself, but that won a race, is only loaded.
         """
         if isinstance(key, Contest):
-            yield from self._finish_variants(key)
-            yield from self.races.steps(key, noted)
-            self._drop_losers(key)
+            try:
+                yield from self._finish_variants(key)
+                yield from self.races.steps(key, noted)
+            finally:
+                self._drop_losers(key)
         elif kind_of(key.extractor).automatic or self._is_stored(key):
             yield from self._compile(key, noted)
 
