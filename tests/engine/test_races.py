@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -130,11 +130,17 @@ def notes(engine: Engine) -> list[str]:
     return [note for note in found if note.startswith("AUTO, layer2, ")]
 
 
+def until(condition: Callable[[], bool]) -> None:
+    """Wait until another thread has made something true."""
+    ends = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < ends, "it took too long"
+        time.sleep(0.01)
+
+
 def raced(engine: Engine, count: int = 1) -> list[str]:
     """Wait for races; return their notes."""
-    ends = time.monotonic() + PATIENCE
-    while len(notes(engine)) < count and time.monotonic() < ends:
-        time.sleep(0.01)
+    until(lambda: len(notes(engine)) >= count)
     return notes(engine)
 
 
@@ -184,6 +190,20 @@ def test_no_answer_is_wrong_while_it_changes(engine: Engine) -> None:
         served = set().union(*pool.map(call, range(4)))
     assert len(raced(engine, 3)) == 3
     assert served == {Extractor.TORCHSCRIPT, Extractor.HOOK}
+
+
+def test_a_program_that_lost_its_race_counts_as_used(engine: Engine) -> None:
+    """Or it would be dropped before programs that nobody asks for, and its race forgotten."""
+    host = load(engine)
+    slowed(host, Extractor.TORCHSCRIPT)
+    asked(engine, 1, RACE_AFTER)
+    raced(engine)
+    (key,) = host._declared_plans
+    host._plans[key] = host._declared_plans.pop(key)  # As if it had not been declared.
+    ask(engine, "residual", "layer1", batch(1), Extractor.TORCHSCRIPT)
+    assert programs_of(host)[0] == key
+    assert asked(engine, 1) == [Extractor.HOOK]
+    assert programs_of(host)[-1] == key
 
 
 def test_a_race_can_be_forbidden(engine: Engine) -> None:
@@ -236,9 +256,7 @@ def test_a_program_that_is_named_after_the_race_starts_another(engine: Engine) -
     slow = host._declared_plans[key]
     host._plans[other] = replace(slow, built=slow.built._built, kind=kind_of(Extractor.EXPORT))
     assert set(asked(engine, 1, RACE_AFTER)) == {Extractor.HOOK}
-    ends = time.monotonic() + PATIENCE
-    while "EXPORT was" not in notes(engine)[0] and time.monotonic() < ends:
-        time.sleep(0.01)
+    until(lambda: "EXPORT was" in notes(engine)[0])
     (note,) = notes(engine)
     assert note.startswith("AUTO, layer2, about 1 item: EXPORT was ")
     assert asked(engine, 1, 3) == [Extractor.EXPORT] * 3
@@ -372,10 +390,7 @@ def test_a_variant_that_won_serves_after_a_restart(
     with closing(started(folder)) as again:
         host = load(again)
         asked(again, 1)
-        ends = time.monotonic() + PATIENCE
-        while VARIANT not in programs(host) and time.monotonic() < ends:
-            time.sleep(0.01)
-        assert programs(host) == {VARIANT}
+        until(lambda: programs(host) == {VARIANT})
         asked(again, 1, 2 * RACE_AFTER)
         assert notes(again) == told
 
@@ -431,9 +446,7 @@ def test_a_race_that_fails_leaves_no_program(
 
     monkeypatch.setattr(host.races, "steps", failing)
     asked(engine, 1, RACE_AFTER)
-    ends = time.monotonic() + PATIENCE
-    while not made and time.monotonic() < ends:
-        time.sleep(0.01)
+    until(lambda: bool(made))
     host._promoter.close()
     assert made == [{VARIANT}]
     assert programs(host) == set()

@@ -714,7 +714,7 @@ class ModelHost:
             return own
         if race.winner.extractor is REFERENCE.id:
             return race.winner
-        if race.winner.variant and race.winner not in self._variants(key):
+        if race.winner.variant and race.winner not in contest.others:
             return own  # It was refused.
         winner = race.winner.key(key)
         other = self._served(winner)

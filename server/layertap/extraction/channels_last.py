@@ -40,7 +40,7 @@ def lay_out_channels_last(program: torch.jit.ScriptModule) -> None:
 
 
 def _weights(graph: Any) -> Iterator[tuple[Any, Any]]:
-    """Return the convolutions whose weights can be laid out anew, and the weights."""
+    """Return the 2-d convolutions that have constant weights, and these weights."""
     for kind in _CONVOLUTIONS:
         for node in graph.findAllNodes(kind):
             weight = list(node.inputs())[_WEIGHT]
