@@ -57,9 +57,13 @@ def asking(
     net: str,
     layers: str | Sequence[str],
     batches: Sequence[Given],
-    extractor: Extractor = Extractor.AUTO,
+    extractor: Extractor = Extractor.HOOK,
 ) -> list[Callable[[], Extraction]]:
-    """Return an extraction of each batch."""
+    """Return an extraction of each batch.
+
+    It names an extractor because AUTO may change to a compiled plan between two of the requests,
+    and requests with different plans don't share a pass.
+    """
     for x in batches:  # So that every plan is there already.
         engine.extract(request_for(net, layers, x, extractor), Call())
     return [

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,7 @@ from layertap import (
     Regrid,
     errors,
 )
-from layertap.engine import Call, Engine, HostOptions, Limits
+from layertap.engine import Call, Engine, Extraction, HostOptions, Limits
 from layertap.engine.making import Made, Making
 from layertap.extraction.points import Dim, ValueSpec
 from layertap.extraction.projecting import Matrix, projected
@@ -35,6 +34,7 @@ from layertap.local import load
 from layertap.models import ModelSpec
 from layertap.settings import BatchPolicy
 from oracle import outputs_of
+from together import Together
 
 WIDE = (3, 16, 24)
 LIMITS = Limits(reply_bytes=64 << 20, pending_bytes=128 << 20)
@@ -184,31 +184,31 @@ def test_the_same_by_a_compiled_program(engine: Engine) -> None:
 def test_each_request_of_a_shared_pass_has_its_own_matrix() -> None:
     """Requests that share a pass have equal layers, but not the projections of one another."""
     engine = Engine(plan_cache=kept())
-    options = HostOptions(batching=BatchPolicy(max_size=8, max_delay=0.2))
+    options = HostOptions(batching=BatchPolicy(max_size=16))
     engine.load(ModelSpec("tinynets:chain", item_shape=tinynets.ITEM), options=options)
     xs = [torch.rand(1 + number, *tinynets.ITEM) for number in range(4)]
-    begin = threading.Barrier(4)
 
     def expected(number: int) -> torch.Tensor:
         one, two = (outputs_of(tinynets.chain(), xs[number], f"layer{n}")[0] for n in (1, 2))
         large = functional.interpolate(two, one.shape[2:], mode="bilinear", align_corners=False)
         return torch.cat([one, large], 1)[:, number + 6]
 
-    def one(number: int) -> tuple[np.ndarray, int]:
+    def one(number: int) -> Extraction:
         matrix = np.zeros((1, 24), np.float32)
         matrix[0, number + 6] = 1
         selection = LayerSelection("layer1", concat=("layer2",), projection=Projection(matrix))
         request = asking.request_for("chain", [selection], xs[number], Extractor.HOOK)
-        begin.wait()
-        extraction = engine.extract(request, Call())
-        return Features(extraction.payload)["layer1+layer2"], extraction.together
+        return engine.extract(request, Call())
 
-    with ThreadPoolExecutor(4) as threads:
-        for _ in range(3):
-            results = list(threads.map(one, range(4)))
-            for number, (found, _) in enumerate(results):
-                np.testing.assert_allclose(found[:, 0], expected(number).numpy(), atol=1e-5)
-    assert max(together for _, together in results) > 1
+    asked = [partial(one, number) for number in range(4)]
+    for ask in asked:
+        ask()  # So that every plan is there already.
+    Together(engine, asked)  # The first batch proves that passes may be shared.
+    together = Together(engine, asked)
+    assert together.shared == [4, 4, 4, 4]
+    for number, values in enumerate(together.values()):
+        found = values["layer1+layer2"][:, 0]
+        np.testing.assert_allclose(found, expected(number).numpy(), atol=1e-5)
     engine.close()
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import numpy as np
@@ -16,9 +14,9 @@ from torch import nn
 import guardnets
 from asking import ask, request_for
 from kept import kept
-from layertap import Extractor, Features, errors
+from layertap import Extractor, errors
 from layertap.batching import BatchPolicy
-from layertap.engine import Call, Engine, Extraction, HostOptions, Limits
+from layertap.engine import Engine, HostOptions, Limits
 from layertap.engine import host as engine_host
 from layertap.engine.promotion import PROMOTE_AFTER
 from layertap.extraction.guards import GuardTree
@@ -26,6 +24,7 @@ from layertap.extraction.verify import COMPILED_TOLERANCE, difference
 from layertap.models import ModelSpec
 from layertap.selection import Capture
 from oracle import outputs_of
+from together import Together, asking
 
 IMAGE = (3, 6, 6)
 TEXT = (8,)
@@ -219,9 +218,8 @@ def test_requests_of_other_outcomes_never_share_a_pass(engine) -> None:
     engine.load(spec, layers, options=options)
     net = guardnets.plain_words()
     batches = [texts(0, 8), texts(1, 8, 8), texts(2, 5), texts(3, 8, 3), texts(4, 8)]
-    together = [extraction.together for extraction in at_once(engine, "plain_words", batches, net)]
     # Those without padding, and those with padding.
-    assert together == [3, 3, 2, 2, 3]
+    assert at_once(engine, "plain_words", batches, net).shared == [3, 3, 2, 2, 3]
 
 
 def test_a_joined_batch_of_another_outcome_is_not_run(engine) -> None:
@@ -231,34 +229,13 @@ def test_a_joined_batch_of_another_outcome_is_not_run(engine) -> None:
     engine.load(ModelSpec("guardnets:many", item_shape=IMAGE), layers, options=options)
     net = guardnets.many()
     small = [images(s, 0.1, 0.5, 1) for s in range(3)]
-    assert [extraction.together for extraction in at_once(engine, "many", small, net)] == [1, 1, 1]
+    assert at_once(engine, "many", small, net).shared == [1, 1, 1]
 
 
-def at_once(
-    engine: Engine, name: str, batches: list[np.ndarray], net: nn.Module
-) -> list[Extraction]:
+def at_once(engine: Engine, name: str, batches: list[np.ndarray], net: nn.Module) -> Together:
     """Ask for all batches while the compute thread is held, and check every answer."""
-    begun, go = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        begun.set()
-        assert go.wait(PATIENCE)
-
-    def asked(x: np.ndarray) -> Extraction:
-        return engine.extract(request_for(name, "head", x, Extractor.TORCHSCRIPT), Call())
-
-    for x in batches:
-        asked(x)  # Each shape of batch is proven at its first use.
-    queue = engine.hosts()[0].compute
-    with ThreadPoolExecutor(len(batches) + 1) as pool:
-        held = pool.submit(queue.run, hold, Call())
-        assert begun.wait(PATIENCE)
-        done = [pool.submit(asked, x) for x in batches]
-        time.sleep(0.5)
-        go.set()
-        held.result(PATIENCE)
-        extractions = [each.result(PATIENCE) for each in done]
-    for x, extraction in zip(batches, extractions, strict=True):
+    together = Together(engine, asking(engine, name, "head", batches, Extractor.TORCHSCRIPT))
+    for x, values in zip(batches, together.values(), strict=True):
         expected = outputs_of(net, torch.from_numpy(x), "head")[0]
-        assert difference(Features(extraction.payload).torch()["head"], expected) < 1e-4
-    return extractions
+        assert difference(values["head"], expected) < 1e-4
+    return together

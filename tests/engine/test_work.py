@@ -81,7 +81,8 @@ def test_each_gets_what_it_would_have_got_alone(engine, extractor) -> None:
 def test_declared_layers_share_compiled_passes(engine) -> None:
     """Their plans are proven when the model is loaded, and serve batches with TORCHSCRIPT."""
     load(engine, "tinynets:residual", "layer1")
-    together = Together(engine, asking(engine, "residual", "layer1", inputs(1, 1, 1)))
+    asked = asking(engine, "residual", "layer1", inputs(1, 1, 1), Extractor.AUTO)
+    together = Together(engine, asked)
     assert together.shared == [3, 3, 3]
     assert {done.result().extractor for done in together.done} == {Extractor.TORCHSCRIPT}
 
@@ -150,7 +151,7 @@ def test_different_questions_do_not_share(engine) -> None:
 def test_no_batch_is_larger_than_allowed(engine) -> None:
     """An item that does not fit waits for the next pass."""
     sizes = load(engine, "tinynets:residual")
-    asked = asking(engine, "residual", "layer1", inputs(3, 4, 3, 9), Extractor.HOOK)
+    asked = asking(engine, "residual", "layer1", inputs(3, 4, 3, 9))
     Together(engine, asked)
     sizes.clear()
     assert Together(engine, asked).shared == [2, 2, 1, 1]
@@ -163,7 +164,8 @@ def test_one_bad_item_fails_alone(engine) -> None:
     good, bad = inputs(1, 1)
     asked = asking(engine, "residual", "layer1", [good, good])
     bad[0, 0, 0, 0] = np.nan
-    asked.append(lambda: engine.extract(request_for("residual", "layer1", bad), Call()))
+    nan = request_for("residual", "layer1", bad, Extractor.HOOK)
+    asked.append(lambda: engine.extract(nan, Call()))
     together = Together(engine, asked)
     with pytest.raises(errors.ModelRunError, match="holds NaN"):
         together.done.pop().result()
@@ -177,7 +179,7 @@ def test_a_cancelled_caller_is_not_computed_for(engine) -> None:
     """It is removed from the batch before the pass, which runs without it."""
     sizes = load(engine, "tinynets:residual")
     x, call = inputs(1)[0], Call()
-    asked = asking(engine, "residual", "layer1", [x, x], Extractor.HOOK)
+    asked = asking(engine, "residual", "layer1", [x, x])
     Together(engine, asked)
 
     def gone() -> Extraction:
@@ -209,7 +211,7 @@ def test_a_pass_that_somebody_waits_for_is_not_given_up(engine) -> None:
     """If one of two callers leaves during their pass, the other still gets its values."""
     load(engine, "tinynets:residual")
     x, call = inputs(1)[0], Call()
-    asked = asking(engine, "residual", "avgpool", [x], Extractor.HOOK)
+    asked = asking(engine, "residual", "avgpool", [x])
     request = request_for("residual", "avgpool", x, Extractor.HOOK)
     Together(engine, [*asked, *asked])
     module = engine.host("residual").model.module
@@ -226,7 +228,7 @@ def test_a_shared_pass_that_gives_other_rows_is_run_again_alone(engine) -> None:
     """
     load(engine, "oddnets:adds_rows")
     quiet, marked = inputs(1, 1)
-    Together(engine, asking(engine, "adds_rows", "rows", [quiet, quiet], Extractor.HOOK))
+    Together(engine, asking(engine, "adds_rows", "rows", [quiet, quiet]))
     marked[0, 0, 0, 0] = oddnets.MARK
     requests = [request_for("adds_rows", "rows", x, Extractor.HOOK) for x in (marked, quiet)]
     together = Together(engine, [partial(engine.extract, request, Call()) for request in requests])
