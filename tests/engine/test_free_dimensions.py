@@ -52,7 +52,7 @@ def test_any_length_is_served(engine, net, item_shape, layer, extractor) -> None
         (right,) = outputs_of(fresh, x, layer)
         got = asking.ask(engine, net, layer, x.numpy(), extractor)[layer]
         np.testing.assert_allclose(got, right.numpy(), rtol=1e-4, atol=1e-5)
-    assert len(host._plans) <= PLANS
+    assert len(host.plans._built) <= PLANS
 
 
 @pytest.mark.parametrize("extractor", [Extractor.HOOK, Extractor.TORCHSCRIPT])
@@ -117,7 +117,7 @@ def test_hook_serves_hundreds_of_lengths_with_one_pass_each(engine, passes) -> N
         got = asking.ask(engine, "wave", "second", x.numpy(), Extractor.HOOK)["second"]
         assert np.array_equal(got, right.detach().numpy())
     assert passes == [(2, length) for length in lengths]
-    assert not host._plans
+    assert not host.plans._built
 
 
 @pytest.mark.parametrize("extractor", [Extractor.AUTO, Extractor.HOOK])

@@ -16,8 +16,7 @@ from asking import ask, request_for
 from kept import kept
 from layertap import Extractor, errors
 from layertap.batching import BatchPolicy
-from layertap.engine import Engine, HostOptions, Limits
-from layertap.engine import host as engine_host
+from layertap.engine import Engine, HostOptions, Limits, plan_maker
 from layertap.engine.promotion import PROMOTE_AFTER
 from layertap.extraction.guards import GuardTree
 from layertap.extraction.verify import COMPILED_TOLERANCE, difference
@@ -182,7 +181,7 @@ def test_a_model_that_looks_at_something_else_while_it_is_traced_is_refused(engi
 
 def test_outcomes_of_unbounded_variety_do_not_make_plans_without_bound(engine, monkeypatch) -> None:
     """As many outcomes as are kept have a plan; every other length is served by HOOK."""
-    monkeypatch.setattr(engine_host, "MAX_OUTCOMES", 3)
+    monkeypatch.setattr(plan_maker, "MAX_OUTCOMES", 3)
     net = load(engine, "longest", (16,))
     host = engine.host("longest")
     served: set[int] = set()
@@ -194,7 +193,7 @@ def test_outcomes_of_unbounded_variety_do_not_make_plans_without_bound(engine, m
             served.add(length)
         assert error_of(engine, net, "longest", x, Extractor.AUTO) < 1e-4
     assert 1 < len(served) <= 3
-    assert len([key for key in host._plans if key.outcome]) == len(served)
+    assert len([key for key in host.plans._built if key.outcome]) == len(served)
 
 
 def test_input_with_nan_is_not_compiled_for(engine) -> None:

@@ -34,7 +34,7 @@ def sample(host: ModelHost, shape: tuple[int, ...], batch: int) -> torch.Tensor:
 
 def programs(host: ModelHost) -> int:
     """Return how many compiled programs a host keeps."""
-    plans = [*host._plans.values(), *host._declared_plans.values()]
+    plans = [*host.plans._built.values(), *host.plans._declared.values()]
     return len({id(plan.built) for plan in plans if plan.kind.compiled})
 
 
@@ -113,4 +113,4 @@ def test_programs_for_sizes_stay_few(engine) -> None:
         features = ask(engine, "baked_half", "out", x, Extractor.TORCHSCRIPT)
         assert difference(features.torch()["out"], right) <= COMPILED_TOLERANCE[torch.float32]
     assert programs(host) <= 4
-    assert len(host._builder._portable) <= 5
+    assert len(host._measured.builder._portable) <= 5

@@ -101,12 +101,12 @@ def load(engine: Engine, net: str = "residual", **options: Any) -> ModelHost:
 
 def slowed(host: ModelHost, extractor: Extractor) -> None:
     """Make the plan of an extractor for ``layer2`` slow; HOOK's is built first."""
-    (key,) = host._declared_plans
+    (key,) = host.plans._declared
     if extractor is Extractor.HOOK:
-        plan = host._built(key._replace(extractor=extractor), lambda: None, Call())
+        plan = host._maker.built(key._replace(extractor=extractor), lambda: None, Call())
     else:
-        plan = host._declared_plans[key]
-    plans: Any = host._plans if extractor is Extractor.HOOK else host._declared_plans
+        plan = host.plans._declared[key]
+    plans: Any = host.plans._built if extractor is Extractor.HOOK else host.plans._declared
     plans[plan.key] = replace(plan, built=Slow(plan.built))
 
 
@@ -198,8 +198,8 @@ def test_a_program_that_lost_its_race_counts_as_used(engine: Engine) -> None:
     slowed(host, Extractor.TORCHSCRIPT)
     asked(engine, 1, RACE_AFTER)
     raced(engine)
-    (key,) = host._declared_plans
-    host._plans[key] = host._declared_plans.pop(key)  # As if it had not been declared.
+    (key,) = host.plans._declared
+    host.plans._built[key] = host.plans._declared.pop(key)  # As if it had not been declared.
     ask(engine, "residual", "layer1", batch(1), Extractor.TORCHSCRIPT)
     assert programs_of(host)[0] == key
     assert asked(engine, 1) == [Extractor.HOOK]
@@ -211,7 +211,7 @@ def test_a_race_can_be_forbidden(engine: Engine) -> None:
     host = load(engine, race=False)
     slowed(host, Extractor.TORCHSCRIPT)
     assert set(asked(engine, 1, 2 * RACE_AFTER)) == {Extractor.TORCHSCRIPT}
-    assert host._promoter._counts == {}
+    assert host._choice._promoter._counts == {}
     assert notes(engine) == []
 
 
@@ -230,17 +230,19 @@ def test_programs_that_were_named_take_part(engine: Engine) -> None:
     slowed(host, Extractor.TORCHSCRIPT)
     slowed(host, Extractor.HOOK)
     # Its plan is there once a request has named it; here the program is TORCHSCRIPT's own.
-    (key,) = host._declared_plans
+    (key,) = host.plans._declared
     other = key._replace(extractor=Extractor.EXPORT)
-    slow = host._declared_plans[key]
-    host._plans[other] = replace(slow, built=slow.built._built, kind=kind_of(Extractor.EXPORT))
+    slow = host.plans._declared[key]
+    host.plans._built[other] = replace(
+        slow, built=slow.built._built, kind=kind_of(Extractor.EXPORT)
+    )
     asked(engine, 1, RACE_AFTER)
     (note,) = raced(engine)
     assert note.startswith("AUTO, layer2, about 1 item: EXPORT was ")
     assert "times as fast as TORCHSCRIPT (" in note
     assert "times as fast as HOOK (" in note
     assert asked(engine, 1, 3) == [Extractor.EXPORT] * 3
-    del host._plans[other]  # As if it had been dropped for others.
+    host.plans.drop(other)  # As if it had been dropped for others.
     assert asked(engine, 1) == [Extractor.TORCHSCRIPT]
 
 
@@ -250,17 +252,19 @@ def test_a_program_that_is_named_after_the_race_starts_another(engine: Engine) -
     slowed(host, Extractor.TORCHSCRIPT)
     asked(engine, 1, RACE_AFTER)
     raced(engine)
-    (key,) = host._declared_plans
+    (key,) = host.plans._declared
     other = key._replace(extractor=Extractor.EXPORT)
     slowed(host, Extractor.HOOK)
-    slow = host._declared_plans[key]
-    host._plans[other] = replace(slow, built=slow.built._built, kind=kind_of(Extractor.EXPORT))
+    slow = host.plans._declared[key]
+    host.plans._built[other] = replace(
+        slow, built=slow.built._built, kind=kind_of(Extractor.EXPORT)
+    )
     assert set(asked(engine, 1, RACE_AFTER)) == {Extractor.HOOK}
     until(lambda: "EXPORT was" in notes(engine)[0])
     (note,) = notes(engine)
     assert note.startswith("AUTO, layer2, about 1 item: EXPORT was ")
     assert asked(engine, 1, 3) == [Extractor.EXPORT] * 3
-    del host._plans[other]
+    host.plans.drop(other)
     assert set(asked(engine, 1, 2 * RACE_AFTER)) == {Extractor.TORCHSCRIPT}
     assert notes(engine) == [note]
 
@@ -287,17 +291,17 @@ def test_results_are_kept_for_the_next_start(engine: Engine, folder: Path, caplo
 def test_a_kept_winner_whose_program_is_gone_is_not_compiled(engine: Engine, folder: Path) -> None:
     """EXPORT was named in an earlier start, and nobody has asked for it in this one."""
     host = load(engine)
-    (key,) = host._declared_plans
+    (key,) = host.plans._declared
     ratios = {EXPORT: (2.0, 2.0, 2.0)}
     race = Race(TORCHSCRIPT, EXPORT, ratios, "layer2, about 1 item")
-    KeptRaces(PlanCache(folder, 1 << 30), host._facts).store(Contest.of(key, 1), race)
+    KeptRaces(PlanCache(folder, 1 << 30), host._measured.facts).store(Contest.of(key, 1), race)
     with closing(started(folder)) as again:
         host = load(again)
         assert set(asked(again, 1, RACE_AFTER)) == {Extractor.TORCHSCRIPT}
         (note,) = notes(again)
         assert "EXPORT was 2.00 times" in note
-        host._promoter.close()  # Its work is done.
-        assert host._plans == {}
+        host._choice._promoter.close()  # Its work is done.
+        assert host.plans._built == {}
 
 
 def hurdled(host: ModelHost, monkeypatch: pytest.MonkeyPatch, *hurdled: Extractor | str) -> None:
@@ -318,7 +322,7 @@ def hurdled(host: ModelHost, monkeypatch: pytest.MonkeyPatch, *hurdled: Extracto
 
 def programs_of(host: ModelHost) -> list[PlanKey]:
     """Return the compiled plans that were not declared."""
-    return [key for key, plan in host._plans.items() if plan.kind.compiled]
+    return [key for key, plan in host.plans._built.items() if plan.kind.compiled]
 
 
 def programs(host: ModelHost) -> set[Entrant]:
@@ -344,7 +348,7 @@ def test_another_way_to_finish_the_program_wins(
     assert "times as fast as HOOK (" in note
     assert programs(host) == {VARIANT}
     runs: list[str] = []
-    for plans in (host._plans, host._declared_plans):
+    for plans in (host.plans._built, host.plans._declared):
         for key, plan in list(plans.items()):
             plans[key] = replace(plan, built=Counted(plan.built, str(Entrant.of(key)), runs))
     assert asked(engine, 1, 3) == [Extractor.TORCHSCRIPT] * 3
@@ -374,7 +378,7 @@ def test_a_program_that_loses_is_dropped(engine: Engine, monkeypatch: pytest.Mon
     for size, count in ((1, 1), (2, 2)):
         asked(engine, size, RACE_AFTER)
         assert "times as fast as TORCHSCRIPT with channels last (" in raced(engine, count)[-1]
-    host._promoter.close()
+    host._choice._promoter.close()
     assert programs(host) == set()
     assert host.refused_plans() == []
 
@@ -447,7 +451,7 @@ def test_a_race_that_fails_leaves_no_program(
     monkeypatch.setattr(host.races, "steps", failing)
     asked(engine, 1, RACE_AFTER)
     until(lambda: bool(made))
-    host._promoter.close()
+    host._choice._promoter.close()
     assert made == [{VARIANT}]
     assert programs(host) == set()
     assert asked(engine, 1) == [Extractor.TORCHSCRIPT]
@@ -457,7 +461,7 @@ def test_a_race_that_fails_leaves_no_program(
 def test_where_there_is_no_room_for_a_program_there_is_no_variant(engine: Engine) -> None:
     """It would push out the programs that serve requests."""
     host = load(engine)
-    host._max_compiled = 1
+    host.plans._most_programs = 1
     ask(engine, "residual", "layer1", batch(1), Extractor.TORCHSCRIPT)
     (other,) = programs_of(host)
     slowed(host, Extractor.TORCHSCRIPT)
@@ -465,7 +469,7 @@ def test_where_there_is_no_room_for_a_program_there_is_no_variant(engine: Engine
     (note,) = raced(engine)
     assert note.startswith("AUTO, layer2, about 1 item: HOOK was ")
     assert "channels last" not in note
-    host._promoter.close()
+    host._choice._promoter.close()
     assert programs_of(host) == [other]
 
 

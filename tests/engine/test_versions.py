@@ -226,7 +226,7 @@ def test_declared_layers_know_the_batch_sizes_that_requests_share(tmp_path: Path
     engine = Engine(threads=1, plan_cache=kept())
     options = HostOptions(batching=BatchPolicy(max_size=4, max_delay=0.01))
     host = engine.load(spec(tmp_path, 1), [LayerSelection("second")], options=options)
-    plans = list(host._declared_plans.values())
+    plans = list(host.plans._declared.values())
     assert plans
     known = [[plan.findings.shares(size) for size in (2, 3, 4)] for plan in plans]
     engine.close()

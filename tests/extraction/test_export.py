@@ -93,7 +93,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compiled]:
     folder = tmp_path_factory.mktemp("plans")
     with closing(loaded(folder)) as engine:
         ask(engine, "net", LAYERS, pair(2), Extractor.EXPORT)
-        [plan] = [each for each in engine.host("net")._plans.values() if each.kind.compiled]
+        [plan] = [each for each in engine.host("net").plans._built.values() if each.kind.compiled]
         assert isinstance(plan.built, ExportExtractor)
         assert engine.host("net").catalogue.scope.rules.state is KeptState.NONE
         [file] = folder.glob("*.plan.pt")
@@ -179,7 +179,7 @@ def test_images_of_the_usual_size_have_a_package_of_their_own(compiled: Compiled
     """It takes no others, and is not tried with them: to try it would start a process in vain."""
     package = compiled.extractor._package
     assert [each.sizes[1:] for each in package._inputs] == [ITEM, ITEM]
-    assert compiled.extractor not in compiled.engine.host("net")._builder._portable
+    assert compiled.extractor not in compiled.engine.host("net")._measured.builder._portable
 
 
 def test_one_package_serves_images_of_all_other_sizes(compiled: Compiled, monkeypatch) -> None:
@@ -221,7 +221,7 @@ def test_a_package_that_won_a_race_serves_auto_after_a_restart(compiled: Compile
     for won in (False, True):
         with closing(Engine(plan_cache=PlanCache(compiled.folder, 1 << 30))) as engine:
             host = engine.load(spec, declared)
-            key = next(iter(host._declared_plans))
+            key = next(iter(host.plans._declared))
             ends = time.monotonic() + PATIENCE
             served = [ask(engine, "net", LAYERS, x, Extractor.AUTO).extractor]
             while won and served[-1] is own and time.monotonic() < ends:
@@ -229,7 +229,7 @@ def test_a_package_that_won_a_race_serves_auto_after_a_restart(compiled: Compile
             assert served[-1] is (Extractor.EXPORT if won else own)
             winner = Entrant(Extractor.EXPORT)
             race = Race(Entrant(own), winner, {winner: (2.0, 2.0, 2.0)}, "net")
-            kept = KeptRaces(PlanCache(compiled.folder, 1 << 30), host._facts)
+            kept = KeptRaces(PlanCache(compiled.folder, 1 << 30), host._measured.facts)
             kept.store(Contest.of(key, 2), race)
 
 

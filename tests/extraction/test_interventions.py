@@ -630,7 +630,7 @@ def test_sets_give_what_single_requests_give(case: str, load: Callable[[str], Lo
             error = (mine - alone[name]).abs().max() / alone[name].abs().max()
             assert error < 1e-5, (name, number)
     assert together["interventions.calls"].tolist() == [1] * 6
-    plan = next(plan for plan in model.host._plans.values() if plan.pass_spec.sets == 3)
+    plan = next(plan for plan in model.host.plans._built.values() if plan.pass_spec.sets == 3)
     expands = getattr(plan.built, "expands", None)
     refusing = ("editnets:concatenates", "editnets:rolls", "gradnets:coupled")
     assert expands == (net not in refusing)

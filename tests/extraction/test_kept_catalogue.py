@@ -430,7 +430,7 @@ def test_a_kept_proof_needs_the_same_program(load, tmp_path, caplog) -> None:
     (proof,), (program,) = tmp_path.glob("*.proof"), tmp_path.glob("*.plan.pt")
     again = load(tmp_path, "tinynets:chain", ITEM, "layer1")
     assert was_kept(again)
-    (plan,) = again.host._declared_plans.values()
+    (plan,) = again.host.plans._declared.values()
     assert plan.refusal(1) == plan.refusal(2) == plan.refusal(3) == ""
     proof.write_text(proof.read_text().replace('"program": "', '"program": "0'))
     fresh = load(tmp_path, "tinynets:chain", ITEM, "layer1")

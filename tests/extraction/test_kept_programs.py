@@ -288,7 +288,7 @@ def test_a_server_compiles_declared_layers_once(tmp_path: Path, cached: bool, mo
     for times in (1, 1 if cached else 2):
         engine = Engine(plan_cache=PlanCache(tmp_path, PLENTY) if cached else None)
         engine.load(ModelSpec("tinynets:residual", item_shape=ITEM), layers)
-        plans = list(engine.host("residual")._declared_plans.values())
+        plans = list(engine.host("residual").plans._declared.values())
         assert [plan.kind.id for plan in plans] == [Extractor.TORCHSCRIPT] * 3
         (alone,) = (plan for plan in plans if plan.points == spec("layer1").points)
         (value,) = collect(alone.built, alone.points, batch_for(alone, x))

@@ -307,11 +307,11 @@ def test_plans_do_not_keep_baselines() -> None:
     """Requests with other tensors share one plan, so a tensor is no part of what is kept."""
     with wide("smooth") as model:
         model.extract(points(2), swept(np.zeros((4, 6, 6))), objective="fc[1]")
-        before = len(model.host._plans)
+        before = len(model.host.plans._built)
         for number in range(3):
             base = np.full((4, 6, 6), float(number))
             model.extract(points(2), swept(base), objective="fc[1]")
-        assert len(model.host._plans) == before
+        assert len(model.host.plans._built) == before
 
 
 def test_resized_maps_have_the_size_of_the_input(resnet: LocalModel) -> None:

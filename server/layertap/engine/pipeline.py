@@ -172,7 +172,7 @@ class Pipeline:
         padded = self._padded(admitted, x, beside, resolved)
         if padded is not None:
             return padded
-        kind = host.finite_only(resolved, x)
+        kind = host.outcomes.finite_only(resolved, x)
         if kind and not _is_finite(request, x):
             # Before a plan for the outcome of such numbers would be asked for.
             resolved = host.resolve(request.selections, _for_any_number(request, kind, host))
@@ -284,7 +284,7 @@ class Pipeline:
             return None
         operands = Operands(objective.terms, tuple(admitted.arrays.baselines))
         facts.extractor.check(operands, size, shapes=not facts.dynamic)
-        admitted.host.find_independence(plan, size, admitted.call)
+        admitted.host.shared_proof.find_independence(plan, size, admitted.call)
         return operands
 
     def _changes(self, admitted: _Admitted[P], plan: Plan, size: int) -> Changes | None:
@@ -293,7 +293,7 @@ class Pipeline:
             return None
         changes = Changes(admitted.request.interventions, plan.edits.sites)
         changes.check(size)
-        admitted.host.find_independence(plan, size, admitted.call)
+        admitted.host.shared_proof.find_independence(plan, size, admitted.call)
         return changes
 
     def _run(

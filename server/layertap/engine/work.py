@@ -165,7 +165,7 @@ def _run_together(works: Sequence[Work[Any]]) -> None:
     host, plan = longest.host, longest.plan
     x = Batch.cat([_padded(work, _length(longest)) for work in works])
     if longest.padding is None:
-        if not host.prove_shared(plan, x.size, x):
+        if not host.shared_proof.prove(plan, x.size, x):
             raise _alone("items of its batches are not independent")
     elif x.size > longest.padding.items or _length(longest) > longest.padding.max_length:
         raise _alone("so many items of that length were not tested together")
