@@ -232,9 +232,9 @@ def test_tensors_count_their_writes_and_share_storages() -> None:
 
 def test_modules_have_the_tables_that_passes_look_into() -> None:
     """A module keeps hooks, parameters, buffers and children in these dictionaries."""
-    from layertap.extraction import state
+    from layertap.extraction.state import walk
 
-    tables = (*state._HOOKS, *state._OTHER_HOOKS, *state._MODULE_TABLES)
+    tables = (*walk.HOOKS, *walk._OTHER_HOOKS, *walk._MODULE_TABLES)
     assert [name for name in tables if name not in vars(nn.Linear(1, 1))] == []
     child = nn.Identity()
     assert nn.ModuleDict({"a": child, "b": child})._modules == {"a": child, "b": child}

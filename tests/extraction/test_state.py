@@ -235,7 +235,7 @@ def test_a_watch_does_not_look_after_lines_that_only_compute() -> None:
 
 def test_a_watch_of_a_large_model_sees_what_its_modules_write_themselves(monkeypatch) -> None:
     """This works although there is no time to compare all of it at each line."""
-    monkeypatch.setattr("layertap.extraction.state.SMALL_NODES", 0)
+    monkeypatch.setattr("layertap.extraction.state.watch.SMALL_NODES", 0)
 
     class Keeps(nn.Module):
         def __init__(self) -> None:
