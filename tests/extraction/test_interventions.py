@@ -825,6 +825,10 @@ CONTRADICTIONS: dict[str, Callable[[], Any]] = {
     "a file": lambda: Intervention.parse("layer4:add=@/etc/passwd"),
     "skip of an input": lambda: Intervention.skip("a").of_input(),
     "a negative source": lambda: Intervention.patch("a", -1),
+    "half an item": lambda: Intervention.patch("a", 0.5),  # type: ignore[arg-type]
+    "half a seed": lambda: Intervention.noise("a", seed=0.5),  # type: ignore[arg-type]
+    "a text as a limit": lambda: Intervention.clamp("a", low="1"),  # type: ignore[arg-type]
+    "a text as another": lambda: Intervention.cap("a", [1.0], high="1"),  # type: ignore[arg-type]
     "a set beside single ones": lambda: parse_interventions(["a:zero", ["b:zero"]]),
     "an empty set": lambda: parse_interventions([["a:zero"], []]),
     "too many": lambda: parse_interventions(["a:zero"] * 1025),
