@@ -16,7 +16,8 @@ from asking import ask, request_for
 from kept import kept
 from layertap import Extractor, errors
 from layertap.batching import BatchPolicy
-from layertap.engine import Engine, HostOptions, Limits, plan_maker
+from layertap.engine import Engine, HostOptions, Limits
+from layertap.engine.host import plan_maker
 from layertap.engine.promotion import PROMOTE_AFTER
 from layertap.extraction.guards import GuardTree
 from layertap.extraction.verify import COMPILED_TOLERANCE, difference

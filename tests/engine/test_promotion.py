@@ -16,7 +16,7 @@ from asking import ask
 from kept import kept
 from layertap import Extractor, errors
 from layertap.engine import Engine, Limits
-from layertap.engine.choice import MAX_PROMOTED
+from layertap.engine.host.choice import MAX_PROMOTED
 from layertap.engine.promotion import PROMOTE_AFTER, Promoter
 from layertap.extraction.verify import COMPILED_TOLERANCE, difference
 from layertap.models import ModelSpec

@@ -18,7 +18,8 @@ import torch
 
 import lookupnets
 from asking import ask
-from layertap.engine import Engine, host
+from layertap.engine import Engine
+from layertap.engine.host import measured_model
 from layertap.errors import InvalidInputError, LayertapError
 from layertap.extraction import PlanBuilder, Taps, measure
 from layertap.extraction.cpu_twin import CpuTwin, with_twin
@@ -141,7 +142,7 @@ def test_a_text_that_is_too_long_never_reaches_the_model(
         counting(model, tmp_path / "errors")
         return replace(model, twin=twin)
 
-    monkeypatch.setattr(host, "with_twin", twinned)
+    monkeypatch.setattr(measured_model, "with_twin", twinned)
     engine = Engine()
     try:
         engine.load(ModelSpec("lookupnets:TwoTables", "tables", item_shape=(8,)))

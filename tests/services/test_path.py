@@ -36,7 +36,7 @@ HELPERS = {
     "engine/making.py": "what is made of values, for the layout and for the reply",
     "engine/sent_arrays.py": "arrays of selections, of which this request has none",
     "engine/engine.py": "gives the lease of the version and the pipeline",
-    "engine/host.py": "looks up layers and plans for the pipeline",
+    "engine/host/": "looks up layers and plans for the pipeline",
     "engine/sharing.py": "says whether requests share passes, before the queue and after it",
     "engine/versions.py": "counts the users of a version, from the lease's begin to its end",
     "errors.py": "exceptions",

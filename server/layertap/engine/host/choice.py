@@ -9,10 +9,10 @@ from typing import Any
 
 from layertap.call import Call
 from layertap.engine.contest import Contest, Entrant
+from layertap.engine.host.measured_model import MeasuredModel
+from layertap.engine.host.plan_maker import PlanMaker
+from layertap.engine.host.plans import Plans
 from layertap.engine.kept_races import KeptRaces
-from layertap.engine.measured_model import MeasuredModel
-from layertap.engine.plan_maker import PlanMaker
-from layertap.engine.plans import Plans
 from layertap.engine.promotion import Promoter
 from layertap.engine.races import RACE_AFTER, Races
 from layertap.engine.resolve import Resolved

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 
 from layertap.call import Call
-from layertap.engine.choice import Choice
 from layertap.engine.compute import ComputeThreads
-from layertap.engine.declaring import Declaring
+from layertap.engine.host.choice import Choice
+from layertap.engine.host.declaring import Declaring
+from layertap.engine.host.measured_model import MeasuredModel
+from layertap.engine.host.plan_maker import PlanMaker
+from layertap.engine.host.plans import Plans
+from layertap.engine.host.request_outcomes import RequestOutcomes
+from layertap.engine.host.shared_proof import SharedProof
 from layertap.engine.kept_races import KeptRaces
 from layertap.engine.lengths import Lengths
-from layertap.engine.measured_model import MeasuredModel
-from layertap.engine.plan_maker import PlanMaker
-from layertap.engine.plans import Plans
-from layertap.engine.request_outcomes import RequestOutcomes
 from layertap.engine.resolve import Resolved, resolve
-from layertap.engine.shared_proof import SharedProof
 from layertap.engine.sharing import Sharing
 from layertap.engine.staging import proven_staging
 from layertap.engine.text_batch import names_of_texts

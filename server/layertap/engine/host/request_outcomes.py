@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from layertap.call import Call
-from layertap.engine.measured_model import MeasuredModel
-from layertap.engine.plans import Plans
+from layertap.engine.host.measured_model import MeasuredModel
+from layertap.engine.host.plans import Plans
 from layertap.engine.resolve import Resolved
 from layertap.errors import ExtractorUnsupportedError
 from layertap.extraction.guards import GuardTree, Outcome

@@ -8,8 +8,8 @@ from collections import OrderedDict
 from functools import partial
 
 from layertap.call import Call
-from layertap.engine.measured_model import MeasuredModel
-from layertap.engine.request_outcomes import RequestOutcomes
+from layertap.engine.host.measured_model import MeasuredModel
+from layertap.engine.host.request_outcomes import RequestOutcomes
 from layertap.engine.sharing import MAX_CALLERS, Trial
 from layertap.extraction.plan import Plan
 from layertap.extraction.points import CapturePoint

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from layertap.call import Call
-from layertap.engine.measured_model import MeasuredModel
-from layertap.engine.plan_maker import PlanMaker
-from layertap.engine.plans import Plans
+from layertap.engine.host.measured_model import MeasuredModel
+from layertap.engine.host.plan_maker import PlanMaker
+from layertap.engine.host.plans import Plans
+from layertap.engine.host.shared_proof import SharedProof
 from layertap.engine.resolve import Resolved
-from layertap.engine.shared_proof import SharedProof
 from layertap.engine.sharing import Sharing
 from layertap.errors import ExtractorUnsupportedError, InvalidInputError, OverloadedError
 from layertap.extraction.catalogue import side_name

@@ -7,8 +7,8 @@ from collections.abc import Callable, Generator, Iterator
 from functools import partial
 
 from layertap.call import Call
-from layertap.engine.measured_model import MeasuredModel
-from layertap.engine.plans import Plans
+from layertap.engine.host.measured_model import MeasuredModel
+from layertap.engine.host.plans import Plans
 from layertap.engine.slow_plans import SlowPlans
 from layertap.errors import ExtractorUnsupportedError, InvalidInputError
 from layertap.extraction.guards import in_words
