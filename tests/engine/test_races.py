@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 import tinynets
 from asking import ask
@@ -99,6 +100,40 @@ def load(engine: Engine, net: str = "residual", **options: Any) -> ModelHost:
     return engine.load(spec, [LayerSelection("layer2")], options=HostOptions(**options))
 
 
+class Turned:
+    """An extractor whose values have channels last; it notes whether their copies are contiguous."""
+
+    def __init__(self, built: BuiltExtractor) -> None:
+        self._built = built
+        self.copies: list[bool] = []
+
+    def run(self, x: Batch, sink: Sink) -> None:
+        """See BuiltExtractor."""
+
+        def turned(index: int, value: torch.Tensor) -> None:
+            value = value.contiguous(memory_format=torch.channels_last)
+            assert not value.is_contiguous()
+            with _Copies(self.copies):
+                sink(index, value)
+
+        self._built.run(x, turned)
+
+
+class _Copies(TorchFunctionMode):
+    """Notes of each copy by ``Tensor.to`` whether it is contiguous."""
+
+    def __init__(self, copies: list[bool]) -> None:
+        super().__init__()
+        self._copies = copies
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the function."""
+        result = func(*args, **kwargs or {})
+        if func is torch.Tensor.to:
+            self._copies.append(result.is_contiguous())
+        return result
+
+
 def slowed(host: ModelHost, extractor: Extractor) -> None:
     """Make the plan of an extractor for ``layer2`` slow; HOOK's is built first."""
     (key,) = host.plans._declared
@@ -154,6 +189,19 @@ def test_auto_leaves_a_program_that_is_slower(engine: Engine) -> None:
     assert asked(engine, 1, 3) == [Extractor.HOOK] * 3
     named = ask(engine, "residual", "layer2", batch(1), Extractor.TORCHSCRIPT)
     assert named.extractor is Extractor.TORCHSCRIPT
+
+
+def test_a_race_copies_values_as_a_reply_does(engine: Engine) -> None:
+    """A reply is contiguous, which costs more for a value with channels last."""
+    host = load(engine)
+    (key,) = host.plans._declared
+    plan = host._maker.built(key._replace(extractor=Extractor.HOOK), lambda: None, Call())
+    turned = Turned(plan.built)
+    host.plans.add(plan.key, replace(plan, built=turned))
+    asked(engine, 1, RACE_AFTER)
+    raced(engine)
+    assert turned.copies
+    assert all(turned.copies)
 
 
 def test_auto_keeps_a_program_that_is_faster(engine: Engine) -> None:
