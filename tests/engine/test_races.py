@@ -101,7 +101,7 @@ def load(engine: Engine, net: str = "residual", **options: Any) -> ModelHost:
 
 
 class Turned:
-    """An extractor of values with channels last, which notes whether their copies are contiguous."""
+    """An extractor of values with channels last; notes whether their copies are contiguous."""
 
     def __init__(self, built: BuiltExtractor) -> None:
         self._built = built

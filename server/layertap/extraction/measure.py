@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import re
-from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -14,15 +12,13 @@ import torch
 from torch import nn
 
 from layertap.errors import ModelLoadError
-from layertap.extraction.attention import FUSED, TOO_LARGE, WEIGHTS, returns_weights
-from layertap.extraction.catalogue import Catalogue, LayerEntry, Support
+from layertap.extraction.catalogue import Catalogue, LayerEntry
+from layertap.extraction.entries import layer_entries
 from layertap.extraction.grid import survey_grids
 from layertap.extraction.kept_values import KeptValue
-from layertap.extraction.kinds.base import CompiledKind, Verdict
-from layertap.extraction.kinds.registry import KINDS, REFERENCE, AnyKind
-from layertap.extraction.layout import Geometry
 from layertap.extraction.measurement import MeasuredGraph, Measurement
 from layertap.extraction.names import LayerNames
+from layertap.extraction.notes import notes_of
 from layertap.extraction.own_words import own_words
 from layertap.extraction.passes import KeptState, PassScope, survey_passes
 from layertap.extraction.points import CapturePoint, Dim, PointKind, ValueSpec
@@ -38,7 +34,6 @@ from layertap.extraction.survey import (
     HookSurvey,
     Shape,
     survey_first_item,
-    survey_fused,
     survey_fx,
     survey_hooks,
     survey_looks,
@@ -47,21 +42,12 @@ from layertap.extraction.survey import (
 )
 from layertap.extraction.symbolic import Trace, trace
 from layertap.extraction.towers import placed_in_towers, survey_towers
-from layertap.listing import listed
 from layertap.models import Batch, LoadedModel, Signature, Tower
-from layertap.selection import SIDES, Capture, Extractor
+from layertap.selection import Capture
 
 __all__ = ["measure", "measure_with_graph"]
 
-_UNORDERED = (
-    "the module runs several times in the model's own threads, so the order of its calls is not "
-    "defined"
-)
-
 _log = logging.getLogger(__name__)
-
-_MAX_NAMED = 5
-"""Layers that a note lists by name."""
 
 
 def measure(model: LoadedModel, scope: PassScope | None = None) -> Catalogue:
@@ -128,13 +114,7 @@ def measure_with_graph(
         threaded=one.threaded | two.threaded,
         rules=scope.rules,
     )
-    entries = {entry.name: entry for entry in _module_entries(findings)}
-    for entry in _weightless_entries(findings, x, scope):
-        entries.setdefault(entry.name, entry)
-    for entry in _node_entries(findings):
-        entries.setdefault(entry.name, entry)
-    for entry in _silent_entries(findings):
-        entries.setdefault(entry.name, entry)
+    entries = layer_entries(findings, x, scope)
     catalogue = Catalogue(
         entries,
         findings.graph.names,
@@ -142,7 +122,7 @@ def measure_with_graph(
         mutates_input=one.mutated_input,
         scope=scope,
         non_finite=_first_non_finite(entries, reference),
-        notes=tuple(_notes(findings, entries)),
+        notes=tuple(notes_of(findings, entries)),
         looks=looks,
         towers=towers,
         varying=frozenset(findings.varying),
@@ -237,74 +217,6 @@ def _random(
         with scope:
             found |= survey_repeat(model, x, surveys[0].values)
     return found
-
-
-def _notes(findings: Measurement, entries: Mapping[str, LayerEntry]) -> Iterator[str]:
-    ungiven = _ungiven_arguments(findings.model)
-    if ungiven:
-        yield (
-            f"these arguments of its forward are never given and keep their defaults: "
-            f"{', '.join(ungiven)}"
-        )
-    if findings.model.signature.towers:
-        alone = (
-            " and ".join(map(repr, findings.model.signature.of_tower(tower).key.names))
-            for tower in findings.model.signature.towers
-        )
-        yield (
-            f"a request with only {', or only '.join(alone)} runs only the layers that depend on "
-            f"it; a request for others needs the other inputs too"
-        )
-    looked = _first(entries, findings.looks.looked)
-    if looked:
-        yield (
-            f"its forward branches on values of its input before layer {looked!r}, so other input "
-            f"may take another branch there; {_branches(findings)}"
-        )
-    varying = sorted(findings.varying)
-    if varying:
-        yield (
-            f"some layers run only for some inputs, and a request for one that does not run fails: "
-            f"{listed(map(repr, varying), _MAX_NAMED)}"
-        )
-    random = _first(entries, findings.random)
-    if random:
-        yield (
-            f"its forward draws random numbers, so from layer {random!r} on, two requests with the "
-            f"same input give different values"
-        )
-
-
-def _branches(findings: Measurement) -> str:
-    """Say how layers after a branch are served."""
-    compiled = " and ".join(
-        kind.name
-        for kind in KINDS.values()
-        if isinstance(kind, CompiledKind) and kind.automatic and kind.follows_branches
-    )
-    if findings.looks.looked.keys() <= findings.looks.unguarded.keys():
-        return f"{compiled} serves no layer from there on"
-    return (
-        f"{compiled} serves layers from there on by one compiled plan for each way that the code "
-        f"can go, and {REFERENCE.name} serves the ways that have no plan"
-    )
-
-
-def _first(entries: Mapping[str, LayerEntry], points: Collection[CapturePoint]) -> str:
-    """Return the first layer whose output is one of the points; empty for none."""
-    names = (n for n, entry in entries.items() if entry.points.get(Capture.OUTPUT) in points)
-    return next(names, "")
-
-
-def _ungiven_arguments(model: LoadedModel) -> list[str]:
-    """Return the names of the arguments of ``forward`` to which no input belongs."""
-    if model.arguments.adapter is not None:
-        return []
-    given = {spec.name.split(".")[0] for spec in model.signature.inputs}
-    ungiven = [p.name for p in model.arguments.parameters if p.name not in given and not p.rest]
-    # A single input may have another name than its parameter.
-    unnamed = len(given) == 1 and len(ungiven) == len(model.arguments.parameters)
-    return ungiven[1:] if unnamed else ungiven
 
 
 def _first_non_finite(
@@ -406,15 +318,11 @@ def _in_order(
     }
 
 
-def _node(name: str) -> CapturePoint:
-    return CapturePoint(PointKind.NODE, name)
-
-
 def _placed(
     model: LoadedModel, specs: dict[CapturePoint, ValueSpec], graph: MeasuredGraph, scope: PassScope
 ) -> tuple[dict[CapturePoint, ValueSpec], MeasuredGraph]:
     """Return the specs of modules and of nodes, with what is known about their layouts."""
-    nodes = {_node(name): spec for name, spec in graph.specs.items()}
+    nodes = {CapturePoint(PointKind.NODE, name): spec for name, spec in graph.specs.items()}
     found = survey_grids(model, {**specs, **nodes}, scope, partial(graph.shapes, scope))
 
     def placed(point: CapturePoint, spec: ValueSpec) -> ValueSpec:
@@ -434,7 +342,7 @@ def _sized(
         # The sizes of a list's members are not those of the activations, and each pass of a
         # stateful model may change the next one.
         return specs, graph
-    nodes = {_node(name): spec for name, spec in graph.specs.items()}
+    nodes = {CapturePoint(PointKind.NODE, name): spec for name, spec in graph.specs.items()}
     both = {**specs, **nodes}
     found = survey_sizes(model, model.signature.key, both, scope, partial(graph.shapes, scope))
 
@@ -468,175 +376,3 @@ def _beside_forward(module: nn.Module) -> str:
     if module._forward_pre_hooks or module._forward_hooks:
         return "the model has hooks of its own, but symbolic tracing sees only its forward"
     return ""
-
-
-def _module_entries(findings: Measurement) -> list[LayerEntry]:
-    modules = dict(findings.model.module.named_modules())
-    calls = Counter(path for path, _ in findings.order)
-    by_call: dict[tuple[str, int], list[CapturePoint]] = {}
-    for point in findings.specs:
-        by_call.setdefault((point.path, point.call), []).append(point)
-    # The model's own call began first, but its result comes last. If the model calls itself, its
-    # outermost call ends last.
-    order = [(path, call) for path, call in findings.order if path]
-    entries: list[LayerEntry] = []
-    for path, call in (*order, ("", calls[""] - 1)):
-        bare = LayerEntry(
-            findings.names.of_call(path, call)[0],
-            PointKind.MODULE,
-            _class_name(modules[path]),
-            calls[path],
-            support=_refused(_no_tensor(path, call, Capture.OUTPUT, findings)),
-            is_result=not path,
-        )
-        members: dict[tuple[str, ...], dict[Capture, CapturePoint]] = {}
-        for point in by_call.get((path, call), ()):
-            if path or point.capture is Capture.OUTPUT:
-                members.setdefault(point.member, {})[point.capture] = point
-        members.setdefault((), {})
-        # What a client can request comes first: members of the output, then the container.
-        for way, points in sorted(members.items(), key=lambda each: Capture.OUTPUT not in each[1]):
-            asked_for = isinstance(modules[path], nn.MultiheadAttention) and WEIGHTS in way[-1:]
-            entry = replace(bare, points=points, is_used=not asked_for)
-            entries.extend(_named(entry, path, call, way, findings))
-    return entries
-
-
-def _named(
-    entry: LayerEntry, path: str, call: int, way: tuple[str, ...], findings: Measurement
-) -> Iterator[LayerEntry]:
-    """Yield a layer under each of its names; see Note [Names]."""
-    calls = findings.names.of_call(path, call)
-    own, *others = (findings.names.of_member(each, way) for each in calls)
-    described = _describe(replace(entry, name=own), findings)
-    yield described
-    for other in others:
-        yield replace(described, name=other, same_as=own)
-
-
-def _describe(entry: LayerEntry, findings: Measurement) -> LayerEntry:
-    if not entry.points:
-        return entry
-    specs = {side: findings.specs[point] for side, point in entry.points.items()}
-    output = specs.get(Capture.OUTPUT)
-    return replace(
-        entry,
-        specs=specs,
-        geometry=output.geometry if output else Geometry(),
-        support=_supported(entry, findings),
-    )
-
-
-def _verdict(kind: AnyKind, entry: LayerEntry, side: Capture, findings: Measurement) -> Verdict:
-    """Decide whether a kind serves one side of a layer that ran."""
-    point = entry.points.get(side)
-    if reason := kind.refuses(findings):
-        return Verdict(reason)
-    if side not in kind.captures:
-        taken = " and ".join(f"{each}s" for each in SIDES if each in kind.captures)
-        return Verdict(f"it takes {taken} only")
-    if point is None:
-        any_point = next(iter(entry.points.values()))
-        return Verdict(_no_tensor(any_point.path, any_point.call, side, findings))
-    if point in findings.unsendable:
-        return Verdict(findings.unsendable[point])
-    if point.path in findings.threaded and entry.calls > 1:
-        return Verdict(_UNORDERED)
-    return kind.claims(point, findings)
-
-
-def _no_tensor(path: str, call: int, side: Capture, findings: Measurement) -> str:
-    """Return why a value that is not a tensor can't be captured."""
-    if side is not Capture.OUTPUT:
-        return f"the layer's {side} is not a single tensor"
-    what = "layer" if path else "model"
-    inside = _first_member(path, call, findings)
-    advice = f"; request a member of it, such as {inside}" if inside else ""
-    return f"the {what} does not return a plain tensor{advice}"
-
-
-def _refused(reason: str) -> dict[Extractor, Support]:
-    return dict.fromkeys(KINDS, Support.refused(reason))
-
-
-def _supported(entry: LayerEntry, findings: Measurement) -> dict[Extractor, Support]:
-    return {
-        extractor: Support({side: _verdict(kind, entry, side, findings) for side in SIDES})
-        for extractor, kind in KINDS.items()
-    }
-
-
-def _first_member(path: str, call: int, findings: Measurement) -> str:
-    """Return the name of the first tensor in the container that a call returned; else empty."""
-    base = findings.names.of_call(path, call)[0]
-    return next(
-        (
-            findings.names.of_member(base, point.member)
-            for point in findings.specs
-            if (point.path, point.call, point.capture) == (path, call, Capture.OUTPUT)
-            and point.member
-        ),
-        "",
-    )
-
-
-def _weightless_entries(findings: Measurement, x: Batch, scope: PassScope) -> Iterator[LayerEntry]:
-    """Yield a layer for the attention weights of each module that can't return them."""
-    modules = dict(findings.model.module.named_modules())
-    # A pass is not worth it if no name suggests attention.
-    if not any("att" in f"{path}.{_class_name(each)}".lower() for path, each in modules.items()):
-        return
-    calls = Counter(path for path, _ in findings.order)
-    with scope:
-        fused = survey_fused(findings.model, x)
-    for path in sorted(fused):
-        reason = TOO_LARGE if returns_weights(modules[path]) else FUSED
-        name = findings.names.of_member(findings.names.of_call(path, 0)[0], (WEIGHTS,))
-        yield LayerEntry(
-            name,
-            PointKind.MODULE,
-            _class_name(modules[path]),
-            calls[path],
-            support=_refused(reason),
-        )
-
-
-def _node_entries(findings: Measurement) -> Iterator[LayerEntry]:
-    for name, spec in findings.graph.specs.items():
-        entry = LayerEntry(
-            name,
-            PointKind.NODE,
-            re.sub(r"_\d+$", "", name.rsplit(".", 1)[-1]),
-            1,
-            points={Capture.OUTPUT: _node(name)},
-            specs={Capture.OUTPUT: spec},
-            geometry=spec.geometry,
-        )
-        yield replace(entry, support=_supported(entry, findings))
-
-
-def _silent_entries(findings: Measurement) -> Iterator[LayerEntry]:
-    ran = {path for path, _ in findings.order}
-    reason = "the module never runs in a forward pass"
-    if findings.looks.looked:
-        reason = (
-            "the module never runs in a forward pass on sample input; as the model branches on "
-            "tensor values, it may run for other input"
-        )
-    for path, module in findings.model.module.named_modules():
-        if not path or path in ran:
-            continue
-        for name in findings.names.of_call(path, 0):
-            yield LayerEntry(
-                name,
-                PointKind.MODULE,
-                _class_name(module),
-                0,
-                support=_refused(reason),
-                same_as="" if name == path else path,
-            )
-
-
-def _class_name(module: nn.Module) -> str:
-    # A TorchScript module is a RecursiveScriptModule; this is the class that it was made from.
-    return str(getattr(module, "original_name", type(module).__name__))
