@@ -449,15 +449,19 @@ def test_a_variant_that_won_serves_after_a_restart(
 
 @with_variant
 def test_a_variant_that_is_wrong_never_serves(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The race is between the others, and no layer is said to be refused."""
-    finish = TorchScriptKind.finish
+    """The race is between the others, and no layer is said to be refused.
+
+    After a restart it is not tried again.
+    """
+    finish, finished = TorchScriptKind.finish, []
 
     def wrong_finish(
         self: TorchScriptKind, program: Any, typical: Any = None, variant: str = ""
     ) -> BuiltExtractor:
         built = finish(self, program, typical, variant)
+        finished.append(variant)
         return Wrong(built) if variant else built
 
     monkeypatch.setattr(TorchScriptKind, "finish", wrong_finish)
@@ -470,6 +474,13 @@ def test_a_variant_that_is_wrong_never_serves(
     asked(engine, 1, 2 * RACE_AFTER)
     assert programs(host) == set()
     assert host.refused_plans() == []
+    assert (tried := finished.count(CHANNELS_LAST)) > 0
+    with closing(started(folder)) as again:
+        host = load(again)
+        asked(again, 1, 2 * RACE_AFTER)
+        host._choice._promoter.close()
+        assert notes(again) == [note]
+    assert finished.count(CHANNELS_LAST) == tried
 
 
 class Wrong:
@@ -491,7 +502,7 @@ def test_a_race_that_fails_leaves_no_program(
     host = load(engine)
     made: list[set[Entrant]] = []
 
-    def failing(contest: Contest, size: int) -> Iterator[None]:
+    def failing(*_: Any) -> Iterator[None]:
         made.append(programs(host))
         raise ModelRunError("planted")
         yield

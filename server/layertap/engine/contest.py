@@ -67,16 +67,18 @@ class Race:
         winner: What serves the requests from now on.
         ratios: For each other entrant, how many times as fast as the first one it was, by turn.
         where: The layers and the number of items, for people.
+        refused: Other ways to finish the program that failed their proof.
     """
 
     first: Entrant
     winner: Entrant
     ratios: Mapping[Entrant, Sequence[float]]
     where: str
+    refused: frozenset[Entrant] = frozenset()
 
     def had(self, entrants: Iterable[Entrant]) -> bool:
-        """Return whether all of these took part."""
-        return {self.first, *self.ratios} >= set(entrants)
+        """Return whether all of these took part, or were refused."""
+        return {self.first, *self.ratios, *self.refused} >= set(entrants)
 
     def __str__(self) -> str:
         """Return the result in words."""

@@ -91,13 +91,16 @@ def _record(race: Race) -> dict[str, Any]:
         "winner": _text(race.winner),
         "ratios": {_text(each): list(ratios) for each, ratios in race.ratios.items()},
         "where": race.where,
+        "refused": sorted(map(_text, race.refused)),
     }
 
 
 def _race(record: Mapping[str, Any]) -> Race:
     """Return a race from its record; raise any exception if it is damaged."""
     ratios = {_entrant(text): tuple(map(float, each)) for text, each in record["ratios"].items()}
-    race = Race(_entrant(record["first"]), _entrant(record["winner"]), ratios, str(record["where"]))
+    first, winner = _entrant(record["first"]), _entrant(record["winner"])
+    refused = frozenset(map(_entrant, record["refused"]))
+    race = Race(first, winner, ratios, str(record["where"]), refused)
     str(race)  # It needs as many ratios of each entrant.
     return race
 

@@ -14,8 +14,9 @@ Note [Measured races]
     description of the model tells the results, and the plan cache keeps them for the next start
     (see ``kept_races``). If a request names a further compiler after the race, its program takes
     part in another one, RACE_AFTER requests later. A program that was finished in another way and
-    won no race is dropped. Nothing is raced where a further pass could change later answers, as of
-    a stateful model, and where a plan serves only some outcomes of the model's looks.
+    won no race is dropped, and one that failed its proof is not tried again. Nothing is raced where
+    a further pass could change later answers, as of a stateful model, and where a plan serves only
+    some outcomes of the model's looks.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ import statistics
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -98,12 +100,15 @@ class Races:
             self._remember(place, race)
             return race
 
-    def steps(self, contest: Contest, size: int) -> Iterator[None]:
+    def steps(
+        self, contest: Contest, size: int, refused: Collection[Entrant] = ()
+    ) -> Iterator[None]:
         """Run a race, and yield between its passes.
 
         Args:
             contest: What it is about.
             size: The batch size at which it is run.
+            refused: Which of its others failed their proof; the result tells it to later starts.
 
         Raises:
             LayertapError: The model failed, or the race was cancelled.
@@ -131,7 +136,7 @@ class Races:
                 of_turns.append(times[Entrant.of(contest.key)] / times[entrant])
         items = f"{size} item{'s' if size > 1 else ''}"
         where = f"{self._names_of(plans[0])}, about {items}"
-        race = _result(Entrant.of(contest.key), ratios, where)
+        race = replace(_result(Entrant.of(contest.key), ratios, where), refused=frozenset(refused))
         with self._lock:
             self._remember((contest.key, contest.bucket), race)
         self._kept.store(contest, race)

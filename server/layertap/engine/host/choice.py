@@ -176,7 +176,7 @@ class Choice:
         if isinstance(key, Contest):
             try:
                 yield from self._finish_variants(key)
-                yield from self.races.steps(key, noted)
+                yield from self.races.steps(key, noted, self._refused(key))
             finally:
                 self._drop_losers(key)
         elif kind_of(key.extractor).automatic or self._maker.is_stored(key):
@@ -191,6 +191,10 @@ class Choice:
                 yield from self._maker.compile(key, None)
             except LayertapError as error:
                 _log.info("not in the race: %s", error)
+
+    def _refused(self, contest: Contest) -> list[Entrant]:
+        others = contest.others
+        return [each for each in others if self._plans.is_refused(each.key(contest.key))]
 
     def _drop_losers(self, contest: Contest) -> None:
         """Drop the programs that were finished for a race only, and that have won none."""
