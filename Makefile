@@ -164,7 +164,7 @@ clean: ## remove what was built and cached; the environments stay
 	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -path './.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# uv takes a sixth of the time that pip takes for PyTorch. It doesn't read pip's configuration, so
+# uv takes a sixth of the time that pip takes for all this. It doesn't read pip's configuration, so
 # where it isn't there or can't reach a registry, pip does the work.
 export UV_HTTP_TIMEOUT ?= 180
 install = $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt $(1) \

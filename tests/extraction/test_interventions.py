@@ -19,7 +19,7 @@ import gradnets
 import layertap
 import statefulnets
 from gradient_oracle import changed, not_in_place, with_gradients
-from layertap import Intervention, LocalModel, errors
+from layertap import Intervention, LocalModel, Operation, errors
 from layertap.extraction import edit_plan
 from layertap.extraction.containers import replaced
 from layertap.extraction.points import PointKind
@@ -826,6 +826,11 @@ CONTRADICTIONS: dict[str, Callable[[], Any]] = {
     "skip of an input": lambda: Intervention.skip("a").of_input(),
     "a negative source": lambda: Intervention.patch("a", -1),
     "half an item": lambda: Intervention.patch("a", 0.5),  # type: ignore[arg-type]
+    "half an item without a method": lambda: Intervention(
+        "a",
+        Operation.PATCH,
+        source_item=0.5,  # type: ignore[arg-type]
+    ),
     "half a seed": lambda: Intervention.noise("a", seed=0.5),  # type: ignore[arg-type]
     "a text as a limit": lambda: Intervention.clamp("a", low="1"),  # type: ignore[arg-type]
     "a text as another": lambda: Intervention.cap("a", [1.0], high="1"),  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ import numpy as np
 
 from layertap.errors import InvalidInputError
 from layertap.float_arrays import FLOAT_DTYPES
-from layertap.intervention.operands import as_limit, as_number, as_operand
+from layertap.intervention.operands import as_number, as_operand
 from layertap.intervention.operation import Operation
 from layertap.intervention.part import Axis, Part, Where, axis_of, parts_of
 from layertap.intervention.text import read_text
@@ -95,6 +95,11 @@ class Intervention:
     set: int = 0
 
     def __post_init__(self) -> None:
+        whole_number(self.source_item, "source_item")
+        whole_number(self.seed, "seed")
+        for limit in (self.low, self.high):
+            if limit is not None:
+                as_number(limit)
         if self.capture.is_gradient:
             raise self._refusal(f"capture: got {self.capture.name}, expected OUTPUT or INPUT")
         if math.isnan(self.value):
@@ -271,7 +276,7 @@ class Intervention:
             layer,
             Operation.PATCH,
             parts_of(where),
-            source_item=whole_number(source_item, "source_item"),
+            source_item=source_item,
         )
 
     @classmethod
@@ -296,7 +301,6 @@ class Intervention:
     ) -> Intervention:
         """Return one that limits the component along a direction of the channels to a range."""
         parts, array = parts_of(where), as_operand(direction)
-        low, high = as_limit(low), as_limit(high)
         return cls(layer, Operation.CAP, parts, tensor=array, low=low, high=high)
 
     @classmethod
@@ -309,7 +313,6 @@ class Intervention:
         **where: Unpack[Where],
     ) -> Intervention:
         """Return one that limits elements to a range."""
-        low, high = as_limit(low), as_limit(high)
         return cls(layer, Operation.CLAMP, parts_of(where), low=low, high=high)
 
     @classmethod
@@ -318,7 +321,6 @@ class Intervention:
     ) -> Intervention:
         """Return one that adds normally distributed numbers with a standard deviation."""
         parts = parts_of(where)
-        seed = whole_number(seed, "seed")
         return cls(layer, Operation.NOISE, parts, factor=as_number(factor), seed=seed)
 
     @classmethod

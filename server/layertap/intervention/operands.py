@@ -10,7 +10,7 @@ import numpy as np
 from layertap.errors import InvalidInputError
 from layertap.float_arrays import as_array
 
-__all__ = ["as_limit", "as_number", "as_operand"]
+__all__ = ["as_number", "as_operand"]
 
 
 def as_number(given: Any) -> float:
@@ -22,15 +22,6 @@ def as_number(given: Any) -> float:
     if isinstance(given, bool) or not isinstance(given, Real):
         raise InvalidInputError(f"intervention: got {given!r}, expected a number")
     return float(given)
-
-
-def as_limit(given: Any) -> float | None:
-    """Return a caller's limit; None for none.
-
-    Raises:
-        InvalidInputError: If it is no number.
-    """
-    return None if given is None else as_number(given)
 
 
 def as_operand(tensor: Any) -> np.ndarray[Any, np.dtype[Any]]:

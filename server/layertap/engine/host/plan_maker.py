@@ -66,7 +66,7 @@ class PlanMaker:
                 "model %s: a value has another shape than the catalogue predicts for items of %s; "
                 "shapes of such items are measured", self._measured.model.name, key.batch_key,
             )  # fmt: skip
-            known = self.measure(known, call)
+            known = self._measure(known, call)
         return known or self.built(key, own, call)
 
     def built(self, key: PlanKey, own: Callable[[], Batch | None], call: Call) -> Plan:
@@ -77,15 +77,6 @@ class PlanMaker:
         self._slow_plans.wait_for(key, own(), call)
         plan = self._plans.use(key)
         return plan or self.built(key, own, call)  # It was dropped for others meanwhile.
-
-    def measure(self, plan: Plan, call: Call) -> Plan:
-        """Replace a plan whose shapes were predicted by one whose shapes are measured.
-
-        Raises:
-            InvalidInputError: If the model can't run on such items at all.
-        """
-        self._plans.drop_predicted(plan.key)
-        return self._compute.run(lambda: self._build(plan.key, None), call)
 
     def compile(self, key: PlanKey, example: Batch | None) -> Iterator[None]:
         """Compile a layer set in steps; requests run between them.
@@ -138,6 +129,15 @@ class PlanMaker:
     def close(self) -> None:
         """Give up what is being compiled for requests that wait for it."""
         self._slow_plans.close()
+
+    def _measure(self, plan: Plan, call: Call) -> Plan:
+        """Replace a plan whose shapes were predicted by one whose shapes are measured.
+
+        Raises:
+            InvalidInputError: If the model can't run on such items at all.
+        """
+        self._plans.drop_predicted(plan.key)
+        return self._compute.run(lambda: self._build(plan.key, None), call)
 
     def _predicted(self, key: PlanKey) -> Plan | None:
         """Return a plan for which the model need not run; None if there can't be one."""
