@@ -17,7 +17,7 @@ RACES = """
 with each of them, in this process. Milliseconds, median (quartiles) of {rounds} turns; the last
 column is the median (quartiles) of the ratios of the turns to the extractor with the best median.
 The values were compared first. {threads} threads. Where AUTO took TORCHSCRIPT
-[with channels last](../docs/extraction.md#channels-last), which no request can name, it can be
+[with channels last](../docs/extraction.md#channels-last), which has no column, it can be
 faster than all of them. Where it took TORCHSCRIPT, and that is the best, both columns ran the same
 program, so what the ratio differs from 1 is the machine's noise. Machine: {facts}.
 

@@ -289,6 +289,8 @@ class ModelDescription:
         notes: What is unusual about it, in words.
         declared_layers: The layers that were declared, which are compiled and warm.
         refused_plans: The layer sets that extractors could not serve.
+        variants: The ways to finish an extractor's program besides the usual one, such as
+            ``channels_last``, by extractor.
         fingerprint: A digest of its modules and weights, the kind of its device, and the versions
             of PyTorch and torchvision; empty if it was not asked for.
     """
@@ -303,6 +305,7 @@ class ModelDescription:
     notes: tuple[str, ...] = ()
     declared_layers: tuple[str, ...] = ()
     refused_plans: tuple[RefusedPlanDescription, ...] = ()
+    variants: Mapping[Extractor, tuple[str, ...]] = field(default_factory=dict)
     fingerprint: str = ""
 
     def __str__(self) -> str:

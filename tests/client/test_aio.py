@@ -411,3 +411,16 @@ def test_wrong_arguments_are_refused_at_once() -> None:
         AsyncClient(shared_memory="maybe")
     with pytest.raises(errors.ConfigError, match="plain text"):
         AsyncClient("192.0.2.1:8001", token=EXTRACT)
+
+
+def test_a_variant_is_named_in_each_kind_of_call(server) -> None:
+    """A call, and the items of a stream."""
+    named = {"extractor": "torchscript", "variant": "channels_last"}
+
+    async def run() -> list[str]:
+        async with AsyncClient(server.address) as client:
+            once = await client.extract("residual", batch(), "layer1", **named)
+            items = client.extract_many("residual", [batch()], "layer1", **named)
+            return [once.variant, *[each.variant async for each in items]]
+
+    assert asyncio.run(run()) == ["channels_last"] * 2

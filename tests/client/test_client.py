@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 import subprocess
 import sys
 import threading
@@ -382,3 +383,17 @@ def test_a_call_that_the_other_side_ends_is_unavailable() -> None:
         ):
             client.list_models()
         server.stop(None).wait()
+
+
+def test_a_variant_is_named_in_each_kind_of_call(client) -> None:
+    """A call, the items of a stream, and a copy of the reply that was pickled."""
+    named = {"extractor": "torchscript", "variant": "channels_last"}
+    once = client.extract("residual", batch(2), "layer1", **named)
+    (streamed,) = client.extract_many("residual", [batch(2)], "layer1", **named)
+    usual = client.extract("residual", batch(2), "layer1", extractor="torchscript")
+    assert (once.variant, streamed.variant, usual.variant) == ("channels_last", "channels_last", "")
+    assert pickle.loads(pickle.dumps(once)).variant == "channels_last"
+    for each in (streamed, usual):
+        np.testing.assert_allclose(each["layer1"], once["layer1"], 1e-4, 1e-5)
+    with pytest.raises(errors.InvalidInputError, match="with AUTO, which chooses by itself"):
+        client.extract("residual", batch(2), "layer1", variant="channels_last")

@@ -24,10 +24,12 @@ from page import write_section
 from subjects import every_model
 from truths import Key, module_values, node_values
 
+from layertap.engine.contest import Entrant
 from layertap.errors import ExtractorUnsupportedError, LayertapError, ModelLoadError
 from layertap.extraction import Catalogue, LayerEntry, PlanBuilder, Taps, measure
 from layertap.extraction.containers import pick
 from layertap.extraction.kinds.registry import kind_of
+from layertap.extraction.kinds.torchscript import CHANNELS_LAST
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.points import CapturePoint, PointKind
 from layertap.extraction.samples import ordinary_batch
@@ -44,9 +46,11 @@ GROUP_BYTES = 3 << 30
 """Of the values that are asked for at once; a video model's are tens of GB together."""
 
 ORDER = (
-    Extractor.HOOK, Extractor.FX, Extractor.CHILDREN, Extractor.LAYER_GETTER, Extractor.TORCHSCRIPT,
+    Entrant(Extractor.HOOK), Entrant(Extractor.FX), Entrant(Extractor.CHILDREN),
+    Entrant(Extractor.LAYER_GETTER), Entrant(Extractor.TORCHSCRIPT),
+    Entrant(Extractor.TORCHSCRIPT, CHANNELS_LAST),
 )  # fmt: skip
-"""The extractors that are asked by default. EXPORT takes minutes for a model: see prove_export."""
+"""What is asked by default. EXPORT takes minutes for a model: see prove_export."""
 
 
 @dataclass
@@ -80,7 +84,7 @@ class Row:
     layers: int = 0
     silent: int = 0
     nodes: int = 0
-    tallies: dict[Extractor, Tally] = field(default_factory=dict)
+    tallies: dict[Entrant, Tally] = field(default_factory=dict)
     error: str = ""
     seconds: float = 0.0
 
@@ -101,13 +105,13 @@ class Subject:
         return pick(self.modules[point.path, point.capture.value, point.call], point.member)
 
 
-def prove(source: str, device: str = "cpu", order: Sequence[Extractor] = ORDER) -> Row:
+def prove(source: str, device: str = "cpu", order: Sequence[Entrant] = ORDER) -> Row:
     """Load a model at the smallest size that it takes, and compare extractors with it.
 
     Args:
         source: The model, such as ``"resnet18"``.
         device: What it runs on, such as ``"cuda"``.
-        order: The extractors.
+        order: The extractors, and how their programs are finished.
     """
     begun = time.perf_counter()
     row = Row(source)
@@ -124,24 +128,24 @@ def prove(source: str, device: str = "cpu", order: Sequence[Extractor] = ORDER) 
     row.layers = sum(Capture.OUTPUT in entry.points for entry in entries)
     row.nodes = sum(entry.kind is PointKind.NODE for entry in catalogue)
     row.silent = sum(not entry.calls for entry in catalogue)
-    row.tallies = {extractor: Tally() for extractor in order}
+    row.tallies = {entrant: Tally() for entrant in order}
     plans = PlanBuilder(model, Taps(model.module), catalogue)
     for entry in entries:
-        for extractor, tally in row.tallies.items():
+        for (extractor, _), tally in row.tallies.items():
             if Capture.OUTPUT in entry.points and not entry.serves(extractor, Capture.OUTPUT):
                 tally.refused += 1
                 tally.reasons.append(entry.refusal(extractor))
     x = ordinary_batch(model, BATCH)
     for group in _groups([each for each in catalogue if each.points and not each.same_as]):
         subject = _subject(model, plans, x, group)
-        for extractor, tally in row.tallies.items():
+        for entrant, tally in row.tallies.items():
             points = [
                 point
                 for entry in group
                 for capture, point in entry.points.items()
-                if entry.serves(extractor, capture)
+                if entry.serves(entrant.extractor, capture)
             ]
-            _check(subject, extractor, points, tally)
+            _check(subject, entrant, points, tally)
     row.seconds = time.perf_counter() - begun
     return row
 
@@ -195,8 +199,10 @@ def _smallest(source: str, device: str) -> tuple[LoadedModel, Catalogue]:
 
 
 def _check(
-    subject: Subject, extractor: Extractor, points: Sequence[CapturePoint], tally: Tally
+    subject: Subject, entrant: Entrant, points: Sequence[CapturePoint], tally: Tally
 ) -> None:
+    kind = kind_of(entrant.extractor)
+
     def compare(index: int, value: torch.Tensor) -> None:
         point = points[index]
         tally.compared += 1
@@ -204,8 +210,7 @@ def _check(
         if expected is None:
             tally.wrong.append(f"{point.path} ({point.capture}): no reference")
             return
-        compiled = kind_of(extractor).compiled
-        tolerance = COMPILED_TOLERANCE.get(expected.dtype, 0.0) if compiled else 0.0
+        tolerance = COMPILED_TOLERANCE.get(expected.dtype, 0.0) if kind.compiled else 0.0
         error = difference(value, expected)
         if error > tolerance:
             tally.wrong.append(f"{point.path} ({point.capture}): {error:.0e}")
@@ -217,13 +222,20 @@ def _check(
     if points:
         x = subject.x
         try:
-            subject.plans.construct(extractor, PassSpec(tuple(points)), x.narrow(0, 1).clone()).run(
-                x.clone(), compare
+            built = subject.plans.construct(
+                entrant.extractor, PassSpec(tuple(points)), x.narrow(0, 1).clone(), entrant.variant
             )
+            built.run(x.clone(), compare)
         except ExtractorUnsupportedError as error:
             tally.failed = str(error)
             tally.unbuilt.append(tally.failed)
-    if kind_of(extractor).compiled and tally.wrong:
+        except RuntimeError as error:
+            if not entrant.variant:
+                raise
+            # A program may need the usual layout; a server then refuses the variant.
+            tally.failed = f"its program fails: {str(error).strip().splitlines()[-1]}"
+            tally.unbuilt.append(tally.failed)
+    if kind.compiled and tally.wrong:
         # Before a compiled plan serves, it is compared with the same reference on this very batch.
         # So such a request gets an error, and no client gets a wrong value.
         tally.failed = f"refused when built: {', '.join(tally.wrong[:3])}"
@@ -237,7 +249,7 @@ def table(rows: Iterable[Row]) -> str:
     order = next((list(row.tallies) for row in rows if row.tallies), list(ORDER))
     lines = [
         "| model | item | layers | never run | nodes | "
-        + " | ".join(extractor.name for extractor in order)
+        + " | ".join(map(str, order))
         + " | wrong |",
         "| --- | --- | --- | --- | --- | " + "--- | " * len(order) + "--- |",
     ]
@@ -246,8 +258,8 @@ def table(rows: Iterable[Row]) -> str:
             lines.append(f"| {row.model} | – | – | – | – | {'– | ' * len(order)} {row.error} |")
             continue
         cells = []
-        for extractor in order:
-            tally = row.tallies[extractor]
+        for entrant in order:
+            tally = row.tallies[entrant]
             cells.append("none" if tally.failed else f"{tally.right} / {tally.refused}")
         wrong = sum(len(tally.wrong) for tally in row.tallies.values())
         item = "×".join(map(str, row.item_shape))
@@ -260,7 +272,8 @@ def table(rows: Iterable[Row]) -> str:
 HEADER = """## Models of torchvision and timm
 
 Every layer of every model below, by every extractor that the catalogue says serves it, held
-against cloning hooks: bit for bit, TORCHSCRIPT within its tolerance. All layers of a model are
+against cloning hooks: bit for bit, TORCHSCRIPT within its tolerance, in the usual way and
+[with channels last](extraction.md#channels-last). All layers of a model are
 asked for in one request of two items, in several where their values are over 3 GiB. Random weights,
 the smallest of a few input sizes that the model takes. `make test-models` writes this section.
 
@@ -285,13 +298,13 @@ def section(rows: Sequence[Row]) -> str:
     ) + table(rows)
 
 
-def _apart(name: str, device: str, order: Sequence[Extractor]) -> Row:
+def _apart(name: str, device: str, order: Sequence[Entrant]) -> Row:
     """Prove a model in a process of its own, so that all memory of it is given back."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
         return pool.submit(quietly, name, device, order).result()
 
 
-def quietly(name: str, device: str, order: Sequence[Extractor]) -> Row:
+def quietly(name: str, device: str, order: Sequence[Entrant]) -> Row:
     """Prove a model on one thread, without autograd, in full precision."""
     torch.set_num_threads(1)  # There is a process for each core already.
     allow_tf32(False)
@@ -302,13 +315,11 @@ def quietly(name: str, device: str, order: Sequence[Extractor]) -> Row:
 def _tell(row: Row) -> None:
     problems = [wrong for tally in row.tallies.values() for wrong in tally.wrong[:3]]
     problems += [tally.failed for tally in row.tallies.values() if tally.failed]
-    counts = " ".join(f"{e.name}={tally.right}" for e, tally in row.tallies.items())
+    counts = " ".join(f"{entrant}={tally.right}" for entrant, tally in row.tallies.items())
     print(f"{row.model:32} {row.seconds:6.1f} s  {counts} {row.error} {problems}", flush=True)
 
 
-def _rows(
-    models: Sequence[str], jobs: int, device: str, order: Sequence[Extractor]
-) -> Iterator[Row]:
+def _rows(models: Sequence[str], jobs: int, device: str, order: Sequence[Entrant]) -> Iterator[Row]:
     """Prove models, some at once; those for which the memory did not do beside others, alone."""
     killed = []
     with ThreadPoolExecutor(jobs) as pool:
@@ -319,6 +330,12 @@ def _rows(
             except BrokenProcessPool:
                 killed.append(name)
     yield from (_apart(name, device, order) for name in killed)
+
+
+def entrant_of(text: str) -> Entrant:
+    """Return what a text such as ``torchscript/channels_last`` names."""
+    name, _, variant = text.partition("/")
+    return Entrant(Extractor(name), variant)
 
 
 def _place(row: Row) -> tuple[bool, str]:
@@ -332,8 +349,9 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="models at once")
     parser.add_argument("--device", default="cpu", help="what the models run on, such as cuda")
     parser.add_argument(
-        "--extractors", nargs="+", type=Extractor, default=ORDER, help="such as hook export"
-    )
+        "--extractors", nargs="+", type=entrant_of, default=ORDER,
+        help="such as hook torchscript/channels_last",
+    )  # fmt: skip
     parser.add_argument("--write", type=Path, help="the Markdown file to write")
     options = parser.parse_args()
     rows = []

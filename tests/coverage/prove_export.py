@@ -15,9 +15,12 @@ import prove
 from runs import Command
 from subjects import TIMM, torchvision_models
 
+from layertap.engine.contest import Entrant
 from layertap.selection import Extractor
 
 __all__ = ["COMMAND", "Named", "Row", "prove_export", "section"]
+
+_EXPORT = Entrant(Extractor.EXPORT)
 
 
 @dataclass(frozen=True)
@@ -66,12 +69,12 @@ class Row:
 
 def prove_export(subject: Named, device: str) -> Row:
     """Compare EXPORT's values for all layers of a model with those of cloning hooks."""
-    found = prove.quietly(subject.name, device, (Extractor.EXPORT,))
+    found = prove.quietly(subject.name, device, (_EXPORT,))
     row = Row(subject.name, subject.group, list(found.item_shape), found.layers)
     row.error = found.error
     row.seconds = round(found.seconds, 1)
     if not row.error:
-        tally = found.tallies[Extractor.EXPORT]
+        tally = found.tallies[_EXPORT]
         row.values, row.right, row.wrong = tally.compared, tally.right, tally.off
         row.refused = dict(Counter(tally.reasons))
         row.unbuilt = tally.unbuilt

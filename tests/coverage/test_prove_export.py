@@ -9,6 +9,7 @@ import pytest
 from prove import Tally
 from prove_export import Named, Row, prove_export, section
 
+from layertap.engine.contest import Entrant
 from layertap.selection import Extractor
 
 
@@ -55,7 +56,7 @@ def test_the_table_tells_what_was_wrong_and_refused() -> None:
 def test_a_wrong_value_of_a_package_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Although a server would refuse such a package, and so it is not wrong in the first table."""
     tally = Tally(compared=2, right=1, failed="refused when built: x: 1e-01", off=["x: 1e-01"])
-    found = prove.Row("a", (3, 8, 8), layers=2, tallies={Extractor.EXPORT: tally})
+    found = prove.Row("a", (3, 8, 8), layers=2, tallies={Entrant(Extractor.EXPORT): tally})
     monkeypatch.setattr(prove, "quietly", lambda *given: found)
     row = prove_export(Named("a", "torchvision"), "cpu")
     assert row.wrong == ["x: 1e-01"]

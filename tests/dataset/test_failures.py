@@ -133,11 +133,15 @@ class _Refused(Worker):
         self._real = real
 
     def ask(
-        self, given: object, selections: Sequence[LayerSelection], extractor: Extractor
+        self,
+        given: object,
+        selections: Sequence[LayerSelection],
+        extractor: Extractor,
+        variant: str = "",
     ) -> Answer:
         if error := self._runner.error():
             raise error("not now")
-        return self._real.ask(given, selections, extractor)
+        return self._real.ask(given, selections, extractor, variant)
 
     def close(self) -> None:
         pass

@@ -16,6 +16,7 @@ from batches import batch_for, key_for
 from layertap.engine import Engine
 from layertap.extraction import CapturePoint, PlanBuilder, PointKind, Taps, measure
 from layertap.extraction.kinds import torchscript
+from layertap.extraction.kinds.torchscript import CHANNELS_LAST
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.plan import Plan
 from layertap.extraction.plan_cache import PlanCache
@@ -295,3 +296,28 @@ def test_a_server_compiles_declared_layers_once(tmp_path: Path, cached: bool, mo
         assert difference(value, expected) <= COMPILED_TOLERANCE[torch.float32]
         engine.close()
         assert len(recorded) == times
+
+
+def variant_of(plan: Plan) -> bool:
+    """Return whether the value of a plan's only layer has channels last."""
+    (value,) = collect(plan.built, plan.points, batch_for(plan, torch.rand(3, *ITEM)))
+    return not value.is_contiguous()
+
+
+def test_what_is_kept_is_of_the_usual_way_only(load_net, starts: Starts) -> None:
+    """A variant takes no kept proof and no part, and leaves none for the usual way."""
+    key, one, two = key_for(load_net("residual"), ITEM), spec("layer1"), spec("layer1", "layer2")
+    kinds = {"extractor": Extractor.TORCHSCRIPT, "batch_key": key, "keep": True}
+    starts.build(load_net("residual"), [one])
+    model = load_net("residual")
+    cache = PlanCache(starts.folder, PLENTY)
+    builder = PlanBuilder(model, Taps(model.module), measure(model), cache, facts="f")
+    with builder.kept.sharing():
+        plans = [
+            builder.build(pass_spec=each, variant=CHANNELS_LAST, **kinds) for each in (one, two)
+        ]
+        assert starts.files(".plan.pt") == starts.files(".proof") == 1
+        usual = builder.build(pass_spec=spec("layer2"), **kinds)
+    check(model, [*plans, usual])
+    assert variant_of(plans[0])
+    assert not variant_of(usual)

@@ -13,6 +13,7 @@ from layertap.errors import ExtractorUnsupportedError
 from layertap.extraction import CapturePoint, Plan, PlanBuilder, PointKind, Taps, measure
 from layertap.extraction.guards import GuardTree
 from layertap.extraction.kinds import torchscript
+from layertap.extraction.kinds.torchscript import CHANNELS_LAST
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.passes import PassScope
 from layertap.extraction.plan_cache import PlanCache
@@ -119,3 +120,17 @@ def test_the_catalogue_says_how_layers_behind_a_branch_are_served(monkeypatch) -
     assert "TORCHSCRIPT serves layers from there on by one compiled plan for each way" in followed
     refused = next(note for note in measure(loaded("computed")).notes if "branches" in note)
     assert "TORCHSCRIPT serves no layer from there on" in refused
+
+
+def test_programs_for_several_outcomes_are_of_one_variant() -> None:
+    """What holds for another outcome as well is not taken if it is finished in another way."""
+    model = loaded("words", (8,))
+    builder = builder_of(model)
+    usual, *_ = plans = [
+        build(builder, model, outcome, variant=variant)
+        for outcome, variant in zip(
+            OUTCOMES * 2, ("", CHANNELS_LAST, CHANNELS_LAST, ""), strict=True
+        )
+    ]
+    assert [plan.variant for plan in plans] == ["", CHANNELS_LAST, CHANNELS_LAST, ""]
+    assert [plan.built is usual.built for plan in plans] == [True, False, False, True]

@@ -19,8 +19,8 @@ class AccessLog:
     """Logs how each extraction ended, at INFO (a ``layertap.services.observer.Observer``).
 
     The fields are model, status, peer (the caller's address) and total_ms. A successful extraction
-    also has extractor, bytes (including bytes in shared memory), prepare_ms, queue_ms and
-    compute_ms. The record has the id of the request.
+    also has extractor, variant if its program has one, bytes (including bytes in shared memory),
+    prepare_ms, queue_ms and compute_ms. The record has the id of the request.
     """
 
     @staticmethod
@@ -34,6 +34,7 @@ class AccessLog:
         _write(
             model=model,
             extractor=str(extraction.extractor),
+            **({"variant": extraction.variant} if extraction.variant else {}),
             status="OK",
             peer=caller.peer,
             bytes=len(extraction.payload) + extraction.shared_bytes,

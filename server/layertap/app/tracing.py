@@ -85,6 +85,8 @@ class Tracing:
         span.set_attributes(
             {"layertap.model": model, "layertap.extractor": str(extraction.extractor)}
         )
+        if extraction.variant:
+            span.set_attribute("layertap.variant", extraction.variant)
         self._add_parts(span, begun_ns, extraction.timings)
         if item is not None:
             item.end()

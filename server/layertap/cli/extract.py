@@ -166,6 +166,13 @@ class _Part(click.ParamType["tuple[int, int]"]):
     "than 1,000 items it waits for a compiled program if there can be one.",
 )
 @click.option(
+    "--variant",
+    default="",
+    metavar="NAME",
+    help="How the program of the extractor is finished, such as channels_last; needs --extractor. "
+    "Default: the usual way, or with auto and at least 200 batches the fastest way.",
+)
+@click.option(
     "--dtype",
     type=click.Choice(SENT_DTYPES),
     help="The type of floating-point values of layers without a :dtype of their own. Only "
@@ -225,6 +232,7 @@ def extract(
     overwrite: bool,
     on_error: str,
     extractor: str,
+    variant: str,
     dtype: str | None,
     reduction: str,
     batch_size: int,
@@ -300,6 +308,7 @@ def extract(
                 output,
                 format=output_format or "",
                 extractor=extractor,
+                variant=variant,
                 on_error=on_error,  # type: ignore[arg-type] # one of click's choices
                 batch_size=batch_size,
                 shard_items=shard_items,

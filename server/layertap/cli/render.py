@@ -181,10 +181,11 @@ def show_outputs(outcome: Outcome, changes: Sequence[str] = ()) -> None:
         changes: The texts of its interventions, whose elements are counted in a second table.
     """
     table = _table("layer", "shape", "dtype", "extractor")
+    how = f"{outcome.extractor} {outcome.variant}".rstrip()
     for name, output in outcome.outputs.items():
         varying = ["*"] if output.ragged else []
         shape = ", ".join(map(str, [outcome.rows, *varying, *output.shape]))
-        table.add_row(name, f"[{shape}]", output.dtype, outcome.extractor)
+        table.add_row(name, f"[{shape}]", output.dtype, how)
     console().print(table)
     if not outcome.changed:
         return  # No item has a row, or the output is that of an older version.

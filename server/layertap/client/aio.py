@@ -114,13 +114,15 @@ class AsyncClient(BaseClient):
         extractor: Extractor | str = Extractor.AUTO,
         objective: ObjectiveLike | None = None,
         interventions: InterventionsLike | None = None,
+        variant: str = "",
         timeout: float | None = None,
     ) -> Features:
         """Run a model on a batch and return the selected layers; see ``Client.extract``."""
         self._opened()  # Connects while the request is encoded.
         fields, inputs = await _request_fields(
-            model, given, layers, extractor, objective=objective, interventions=interventions
-        )
+            model, given, layers, extractor,
+            objective=objective, interventions=interventions, variant=variant,
+        )  # fmt: skip
         return await self._anywhere(
             lambda transport, left: self._extract(transport, fields, inputs, left), timeout
         )
@@ -160,6 +162,7 @@ class AsyncClient(BaseClient):
         extractor: Extractor | str = ...,
         objective: ObjectiveLike | None = ...,
         interventions: InterventionsLike | None = ...,
+        variant: str = ...,
         ordered: bool = ...,
         return_errors: Literal[False] = ...,
         max_in_flight: int = ...,
@@ -176,6 +179,7 @@ class AsyncClient(BaseClient):
         extractor: Extractor | str = ...,
         objective: ObjectiveLike | None = ...,
         interventions: InterventionsLike | None = ...,
+        variant: str = ...,
         ordered: bool = ...,
         return_errors: bool,
         max_in_flight: int = ...,
@@ -191,6 +195,7 @@ class AsyncClient(BaseClient):
         extractor: Extractor | str = Extractor.AUTO,
         objective: ObjectiveLike | None = None,
         interventions: InterventionsLike | None = None,
+        variant: str = "",
         ordered: bool = True,
         return_errors: bool = False,
         max_in_flight: int = MAX_IN_FLIGHT,
@@ -212,6 +217,7 @@ class AsyncClient(BaseClient):
                     extractor=extractor,
                     objective=objective,
                     interventions=interventions,
+                    variant=variant,
                     timeout=seconds,
                 )
 
@@ -233,6 +239,7 @@ class AsyncClient(BaseClient):
                     extractor,
                     objective=objective,
                     interventions=interventions,
+                    variant=variant,
                 )
                 async for given in _each(inputs)
             )
@@ -579,11 +586,13 @@ async def _request_fields(
     *,
     objective: ObjectiveLike | None,
     interventions: InterventionsLike | None,
+    variant: str,
 ) -> tuple[dict[str, Any], Arrays]:
     def fields() -> tuple[dict[str, Any], Arrays]:
         return request_fields(
-            model, given, layers, extractor, objective=objective, interventions=interventions
-        )
+            model, given, layers, extractor,
+            objective=objective, interventions=interventions, variant=variant,
+        )  # fmt: skip
 
     return fields() if _is_in_memory(given) else await _in_thread(fields)
 

@@ -109,6 +109,7 @@ class Client(BaseClient):
         extractor: Extractor | str = Extractor.AUTO,
         objective: ObjectiveLike | None = None,
         interventions: InterventionsLike | None = None,
+        variant: str = "",
         timeout: float | None = None,
     ) -> Features:
         """Run a model on a batch and return the selected layers.
@@ -127,6 +128,9 @@ class Client(BaseClient):
             interventions: Changes of values while the model runs: an ``Intervention``, a text such
                 as ``"layer4:channel=3:zero"``, a list of these, or a list of such lists, one for
                 each set.
+            variant: How the extractor's program is finished, such as ``"channels_last"``: one of
+                the model's ``variants`` (see ``describe_model``) of the extractor, which must be
+                named; empty for the usual way.
             timeout: Seconds that this call may take; None for the client's default.
 
         Returns:
@@ -136,8 +140,9 @@ class Client(BaseClient):
             LayertapError: The server's error, as an exception of the same class.
         """
         fields, inputs = request_fields(
-            model, given, layers, extractor, objective=objective, interventions=interventions
-        )
+            model, given, layers, extractor,
+            objective=objective, interventions=interventions, variant=variant,
+        )  # fmt: skip
         return self._anywhere(
             lambda transport, left: self._extract(transport, fields, inputs, left), timeout
         )
@@ -185,6 +190,7 @@ class Client(BaseClient):
         extractor: Extractor | str = ...,
         objective: ObjectiveLike | None = ...,
         interventions: InterventionsLike | None = ...,
+        variant: str = ...,
         ordered: bool = ...,
         return_errors: Literal[False] = ...,
         max_in_flight: int = ...,
@@ -201,6 +207,7 @@ class Client(BaseClient):
         extractor: Extractor | str = ...,
         objective: ObjectiveLike | None = ...,
         interventions: InterventionsLike | None = ...,
+        variant: str = ...,
         ordered: bool = ...,
         return_errors: bool,
         max_in_flight: int = ...,
@@ -216,6 +223,7 @@ class Client(BaseClient):
         extractor: Extractor | str = Extractor.AUTO,
         objective: ObjectiveLike | None = None,
         interventions: InterventionsLike | None = None,
+        variant: str = "",
         ordered: bool = True,
         return_errors: bool = False,
         max_in_flight: int = MAX_IN_FLIGHT,
@@ -234,6 +242,7 @@ class Client(BaseClient):
             extractor: The extractor to use.
             objective: What requested gradients are the gradients of; None if there are none.
             interventions: Changes of values while the model runs; None if there are none.
+            variant: How the extractor's program is finished; see ``extract``.
             ordered: Whether to yield in the order of the inputs, or as they finish.
             return_errors: Whether the error of an item is yielded in its place; otherwise it is
                 raised, which ends the iteration.
@@ -255,6 +264,7 @@ class Client(BaseClient):
                     extractor=extractor,
                     objective=objective,
                     interventions=interventions,
+                    variant=variant,
                     timeout=seconds,
                 )
 
@@ -272,6 +282,7 @@ class Client(BaseClient):
                     extractor,
                     objective=objective,
                     interventions=interventions,
+                    variant=variant,
                 )
                 for given in inputs
             )

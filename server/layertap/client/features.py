@@ -35,6 +35,7 @@ class Features(Mapping[str, np.ndarray]):
 
     Attributes:
         extractor: The extractor that served the request.
+        variant: How its program is finished, such as ``"channels_last"``; empty for the usual way.
         timings: How long each phase took on the server, in nanoseconds.
     """
 
@@ -54,6 +55,7 @@ class Features(Mapping[str, np.ndarray]):
         self.extractor = from_proto(
             response.extractor, catalogue_pb2.Extractor, "EXTRACTOR", Extractor.AUTO
         )
+        self.variant = response.variant
         self.timings = Timings(
             prepare_ns=response.timings.prepare_ns,
             queue_ns=response.timings.queue_ns,
@@ -86,7 +88,7 @@ class Features(Mapping[str, np.ndarray]):
             (view.name, view.dtype.number, view.shape, wrap(view.data))
             for view in self._views.values()
         ]
-        return _unpickled, (type(self), self.extractor, self.timings, tensors)
+        return _unpickled, (type(self), self.extractor, self.variant, self.timings, tensors)
 
     def torch(self) -> dict[str, torch.Tensor]:
         """Return the layers as torch tensors that share the message's memory.
@@ -106,11 +108,13 @@ class Features(Mapping[str, np.ndarray]):
 def _unpickled(
     kind: type[Features],
     extractor: Extractor,
+    variant: str,
     timings: Timings,
     tensors: Sequence[tuple[str, int, tuple[int, ...], Any]],
 ) -> Features:
     features = kind.__new__(kind)
     features.extractor = extractor
+    features.variant = variant
     features.timings = timings
     features._views = {
         name: TensorView(name, dtypes.by_number(number), shape, memoryview(data).toreadonly())

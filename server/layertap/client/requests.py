@@ -50,6 +50,8 @@ class StreamRequest:
         extractor: The extractor to use.
         objective: What requested gradients are the gradients of; see ``Client.extract``.
         interventions: Changes of values while the model runs; see ``Client.extract``.
+        variant: How the extractor's program is finished, such as ``"channels_last"``; empty for the
+            usual way.
         timeout: Seconds that the server may take for this item; None for the stream's default.
         key: Identifies the item's outcome; if None, its position from 0 is used.
     """
@@ -60,6 +62,7 @@ class StreamRequest:
     extractor: Extractor | str = Extractor.AUTO
     objective: ObjectiveLike | None = field(default=None, kw_only=True)
     interventions: InterventionsLike | None = field(default=None, kw_only=True)
+    variant: str = field(default="", kw_only=True)
     timeout: float | None = None
     key: Any = None
 
@@ -84,6 +87,7 @@ class StreamRequest:
             self.extractor,
             objective=self.objective,
             interventions=self.interventions,
+            variant=self.variant,
         )
         request = feature_service_pb2.ExtractStreamRequest(
             id=number, timeout_ns=timeout_ns, shared_memory_session=session, **fields
@@ -99,6 +103,7 @@ def request_fields(
     *,
     objective: ObjectiveLike | None = None,
     interventions: InterventionsLike | None = None,
+    variant: str = "",
 ) -> tuple[dict[str, Any], Arrays]:
     """Return the protobuf fields of a request, and its arrays, which protobuf doesn't encode.
 
@@ -108,6 +113,7 @@ def request_fields(
         "model": model,
         "layers": [_selection(selection) for selection in parse_selections(layers)],
         "extractor": to_proto(as_extractor(extractor), "EXTRACTOR"),
+        "variant": variant,
         "objective": objective_to_proto(parse_objective(objective)),
         "interventions": interventions_to_proto(parse_interventions(interventions)),
     }

@@ -22,10 +22,35 @@ from layertap.timings import Timings
 if TYPE_CHECKING:
     from layertap.inputs import InputLike
 
-__all__ = ["BatchResult", "Batches"]
+__all__ = ["BatchResult", "Batches", "Way"]
 
 _ITEM_ERRORS = (InvalidInputError, ModelRunError)
 """What an item may be at fault for. All other errors end the run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How layers of a batch are captured.
+
+    Attributes:
+        extractor: The extractor to use.
+        variant: How its program is finished; empty for the usual way.
+        fallback: Whether a batch that it can't serve is tried in the usual way, and then by the
+            next extractors in the order of `Extractor`.
+    """
+
+    extractor: Extractor
+    variant: str = ""
+    fallback: bool = False
+
+    def others(self) -> list[Extractor]:
+        """Return the extractors to try for a batch that can't be served so."""
+        if not self.fallback:
+            return []
+        order = list(Extractor)
+        following = order[order.index(self.extractor) + 1 :]
+        usual = [self.extractor] if self.variant else []
+        return usual + [each for each in following if each.automatic]
 
 
 @dataclass(slots=True)
@@ -37,6 +62,7 @@ class BatchResult:
         rows: By output name, the rows ``[items, ...]``.
         failures: The items that failed.
         extractor: The extractor that served it; AUTO if nothing did.
+        variant: How its program is finished; empty for the usual way.
         read_seconds: How long reading took.
         input_bytes: The size of what was read.
         timings: The timings of the pass.
@@ -47,6 +73,7 @@ class BatchResult:
     rows: Mapping[str, np.ndarray] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
     extractor: Extractor = Extractor.AUTO
+    variant: str = ""
     read_seconds: float = 0.0
     input_bytes: int = 0
     timings: Timings = field(default_factory=Timings)
@@ -71,17 +98,13 @@ class Batches:
         self._rules = rules
         self._skip = skip
 
-    def run(
-        self, worker: Worker, items: Sequence[int], extractor: Extractor, fallback: bool
-    ) -> BatchResult:
+    def run(self, worker: Worker, items: Sequence[int], way: Way) -> BatchResult:
         """Read items and run the model on them.
 
         Args:
             worker: Runs the model.
             items: The indices of the items.
-            extractor: The extractor to use.
-            fallback: Whether the next extractors, in the order of `Extractor`, are tried for a
-                batch that this one can't serve.
+            way: How to capture the layers.
 
         Raises:
             InvalidInputError: An item failed, and failing items are not skipped.
@@ -91,11 +114,11 @@ class Batches:
         contents = self._read(items, result)
         while contents:
             try:
-                self._ask(worker, contents, (extractor, fallback), result)
+                self._ask(worker, contents, way, result)
             except _ITEM_ERRORS as error:
                 at = error.image if isinstance(error, InvalidInputError) else None
                 if at is None or at >= len(contents):
-                    self._alone(worker, contents, (extractor, fallback), result)
+                    self._alone(worker, contents, way, result)
                     break
                 index = list(contents)[at]
                 self._fail(index, _detail(error), result, error)
@@ -122,29 +145,25 @@ class Batches:
         self,
         worker: Worker,
         contents: Mapping[int, Any],
-        how: tuple[Extractor, bool],
+        way: Way,
         result: BatchResult,
     ) -> None:
-        extractor, fallback = how
         given = self._source.batch(list(contents.values()))
-        answer = self._answer(worker, given, extractor, fallback)
+        answer = self._answer(worker, given, way)
         count = len(contents)
         result.rows = {
             name: self._rules.rows(name, array, count) for name, array in answer.arrays.items()
         }
         result.items = list(contents)
-        result.extractor, result.timings = answer.extractor, answer.timings
+        result.extractor, result.variant = answer.extractor, answer.variant
+        result.timings = answer.timings
         result.changed = answer.changed
 
-    def _answer(
-        self, worker: Worker, given: InputLike, extractor: Extractor, fallback: bool
-    ) -> Answer:
-        order = [each for each in Extractor if each.automatic]
-        following = order[order.index(extractor) + 1 :] if fallback else []
+    def _answer(self, worker: Worker, given: InputLike, way: Way) -> Answer:
         try:
-            return worker.ask(given, self._selections, extractor)
+            return worker.ask(given, self._selections, way.extractor, way.variant)
         except ExtractorUnsupportedError:
-            for other in following:
+            for other in way.others():
                 with suppress(ExtractorUnsupportedError):
                     return worker.ask(given, self._selections, other)
             raise
@@ -153,7 +172,7 @@ class Batches:
         self,
         worker: Worker,
         contents: Mapping[int, Any],
-        how: tuple[Extractor, bool],
+        way: Way,
         result: BatchResult,
     ) -> None:
         """Run each item by itself, as the error does not say which one is at fault."""
@@ -162,7 +181,7 @@ class Batches:
         kept: list[int] = []
         for index, content in contents.items():
             try:
-                self._ask(worker, {index: content}, how, result)
+                self._ask(worker, {index: content}, way, result)
             except _ITEM_ERRORS as error:
                 self._fail(index, _detail(error), result, error)
             else:

@@ -57,6 +57,7 @@ class Plan:
         shard_items: Items of one shard.
         item_bytes: The memory of one item's rows; an average if items have different lengths.
         outputs: What each item has, by output name.
+        variant: How the extractor's program is finished; empty for the usual way.
     """
 
     extractor: str
@@ -64,6 +65,7 @@ class Plan:
     shard_items: int
     item_bytes: int
     outputs: Mapping[str, Output]
+    variant: str = ""
 
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> Plan:

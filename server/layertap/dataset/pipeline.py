@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from layertap.dataset.batches import Batches, BatchResult
+from layertap.dataset.batches import Batches, BatchResult, Way
 from layertap.dataset.changed import Changed, added_up
 from layertap.dataset.manifest import Failure, Plan
 from layertap.dataset.runners import Worker
@@ -17,7 +17,6 @@ from layertap.dataset.sources import Source
 from layertap.dataset.tasks import Task, Tasks
 from layertap.errors import OverloadedError, UnavailableError
 from layertap.resources import available_cpus
-from layertap.selection import Extractor
 
 __all__ = ["FilledShard", "Pipeline", "Progress"]
 
@@ -112,10 +111,10 @@ class Pipeline:
     Args:
         source: The items.
         batches: Runs a batch.
-        plan: The extractor, and the sizes of batches and shards.
+        plan: The sizes of batches and shards.
+        way: How the layers of each batch are captured.
         workers: Run the model; each has a thread.
         write: Writes a shard; called in one thread.
-        fallback: Whether other extractors are tried for a batch that the plan's can't serve.
         memory: Bytes that rows may take before they are on the disk.
     """
 
@@ -127,15 +126,15 @@ class Pipeline:
         workers: Sequence[Worker],
         write: Callable[[FilledShard], None],
         *,
-        fallback: bool,
+        way: Way,
         memory: int,
     ) -> None:
         self._source = source
         self._batches = batches
         self._plan = plan
+        self._way = way
         self._workers = workers
         self._write = write
-        self._fallback = fallback
         self._memory = memory
         self._filled: queue.SimpleQueue[FilledShard | None] = queue.SimpleQueue()
         self._shards: dict[int, FilledShard] = {}
@@ -206,8 +205,7 @@ class Pipeline:
         try:
             while (task := tasks.take()) is not None:
                 try:
-                    extractor = Extractor(self._plan.extractor)
-                    result = self._batches.run(worker, task.items, extractor, self._fallback)
+                    result = self._batches.run(worker, task.items, self._way)
                 except (OverloadedError, UnavailableError) as error:
                     now = time.monotonic()
                     failing_since = failing_since or now

@@ -14,14 +14,15 @@ import numpy as np
 
 from layertap import __version__
 from layertap.dataset.addresses import is_address, local_path
-from layertap.dataset.batches import Batches, BatchResult
+from layertap.dataset.batches import Batches, BatchResult, Way
 from layertap.dataset.changed import Changed, added_up, changed_from
 from layertap.dataset.durable import output_errors, replacing, sha256_of
+from layertap.dataset.fastest import fastest_variant
 from layertap.dataset.manifest import Facts, Failure, Plan, ShardRecord, Workplace, differences
 from layertap.dataset.pipeline import FilledShard, Pipeline, Progress
 from layertap.dataset.remote_workplace import RemoteWorkplace, check_remote_output
 from layertap.dataset.rows import RowRules
-from layertap.dataset.runners import LocalRunner, Runner
+from layertap.dataset.runners import LocalRunner, Runner, Worker
 from layertap.dataset.shard import OFFSETS, Output, Parts
 from layertap.dataset.sources import Part, Source, gather
 from layertap.dataset.writers import (
@@ -57,6 +58,8 @@ _SHARD_BYTES = 64 << 20
 _SHARD_ITEMS = 1 << 16
 _WORTH_COMPILING = 1000
 """Items from which it pays to wait for a compiled program."""
+_WORTH_MEASURING = 200
+"""Batches from which it pays to measure the variants of a program, on up to 20 batches for each."""
 _PROBED = 1000
 """Items of which one must succeed before the run starts."""
 
@@ -71,6 +74,7 @@ class Outcome:
         failures: The items that have no row, in order.
         outputs: By output name, what each row has.
         extractor: The extractor that captured the layers.
+        variant: How its program was finished; empty for the usual way.
         shards_before: The shards that an earlier run had written.
         shards_written: The shards that this run has written.
         changed: What each intervention changed in all items of the output.
@@ -81,6 +85,7 @@ class Outcome:
     failures: tuple[Failure, ...]
     outputs: Mapping[str, Output]
     extractor: Extractor
+    variant: str
     shards_before: int
     shards_written: int
     changed: tuple[Changed, ...] = ()
@@ -96,6 +101,7 @@ def extract(
     extractor: Extractor | str = Extractor.AUTO,
     objective: str = "",
     interventions: InterventionsLike | None = None,
+    variant: str = "",
     on_error: Literal["fail", "skip"] = "fail",
     batch_size: int = 16,
     shard_items: int | None = None,
@@ -120,11 +126,14 @@ def extract(
             empty, it follows from the suffix of ``output``.
         extractor: The extractor of all passes. AUTO chooses one for the first batch, and all others
             take it; for more than 1,000 items it is the first that serves all layers, in the order
-            of `Extractor`, although it may have to be compiled.
+            of `Extractor`, although it may have to be compiled. For at least 200 batches, the
+            variants of its program are then measured on the first batch, and the fastest is taken.
         objective: What requested gradients are the gradients of, such as ``"fc[281]"``; a `Runner`
             has its own.
         interventions: Changes of values while the model runs, all of one set; a `Runner` has its
             own.
+        variant: How the program of the extractor is finished, such as ``"channels_last"``; the
+            extractor must be named. If empty, and without AUTO, it is finished in the usual way.
         on_error: Whether an item that fails ends the run, or is left out of the output and listed.
         batch_size: Items in one pass.
         shard_items: Items in one shard; if None, as many as take 64 MiB or a quarter of ``memory``.
@@ -139,7 +148,7 @@ def extract(
 
     Raises:
         InvalidInputError: An item failed, or the output can't be written or was made in another
-            way; the message says what differs.
+            way; the message says what differs. Or the extractor has no such variant.
         ConfigError: The format is unknown, or its library is missing.
         LayertapError: See ``LocalModel.extract`` and ``Client.extract``.
         KeyboardInterrupt: On Ctrl-C; shards that are written stay.
@@ -157,6 +166,8 @@ def extract(
             f"{OFFSETS!r}; give it another name, such as layer4=name"
         )
     source = source if part == (1, 1) else Part(source, *part)
+    chosen = as_extractor(extractor)
+    _check_variant(runner, chosen, variant)
     run = _Run(
         path=where if is_address(where) else Path(where),
         writer=writer,
@@ -164,7 +175,8 @@ def extract(
         runner=runner,
         rules=rules,
         batches=Batches(source, selections, rules, skip=on_error == "skip"),
-        extractor=as_extractor(extractor),
+        extractor=chosen,
+        variant=variant,
         batch_size=1 if rules.one_by_one else batch_size,
         shard_items=shard_items,
         memory=memory,
@@ -172,6 +184,7 @@ def extract(
     options = {
         "format": writer.name,
         "extractor": run.extractor.value,
+        "variant": run.variant,
         "objective": runner.objective,
         "interventions": [each.summary for each in runner.interventions],
         "on_error": on_error,
@@ -194,6 +207,15 @@ def extract(
         "inputs": _input_facts(source),
     }
     return run.go(_plain(facts), overwrite=overwrite, report=report or (lambda _: None))
+
+
+def _check_variant(runner: Runner, extractor: Extractor, variant: str) -> None:
+    known = runner.describe().variants.get(extractor, ())
+    if variant and variant not in known:
+        expected = ", ".join(map(repr, known)) or "none"
+        raise InvalidInputError(
+            f"variant: got {variant!r}, expected one of the extractor {extractor}: {expected}"
+        )
 
 
 def check_output(output: str, format: str = "") -> Format:  # noqa: A002 - the name of the flag
@@ -296,6 +318,7 @@ class _Run:
     rules: RowRules
     batches: Batches
     extractor: Extractor
+    variant: str
     batch_size: int
     shard_items: int | None
     memory: int
@@ -352,9 +375,9 @@ class _Run:
         try:
             for begin in range(0, min(len(self.source), _PROBED), self.batch_size):
                 items = range(begin, min(begin + self.batch_size, len(self.source)))
-                result = self.batches.run(worker, items, *self._first())
+                result = self.batches.run(worker, items, self._first())
                 if result.items:
-                    return self._plan(result)
+                    return self._plan(result, self._variant(worker, result))
                 failures += result.failures
         finally:
             worker.close()
@@ -363,14 +386,30 @@ class _Run:
             f"{failures[0].id}: {failures[0].error}"
         )
 
-    def _first(self) -> tuple[Extractor, bool]:
-        """Return the extractor for the first batch, and whether the next ones may be tried."""
+    def _first(self) -> Way:
+        """Return how the first batch is run."""
         if self.extractor is not Extractor.AUTO or len(self.source) <= _WORTH_COMPILING:
-            return self.extractor, False
+            return Way(self.extractor, self.variant)
         # AUTO itself would take an extractor that need not be compiled until another one is.
-        return next(each for each in Extractor if each is not Extractor.AUTO), True
+        first = next(each for each in Extractor if each is not Extractor.AUTO)
+        return Way(first, fallback=True)
 
-    def _plan(self, result: BatchResult) -> Plan:
+    def _variant(self, worker: Worker, first: BatchResult) -> str:
+        """Return how the program that served the first batch is finished for all batches."""
+        variants = self.runner.describe().variants.get(first.extractor, ())
+        batches = len(self.source) / self.batch_size
+        named = self.extractor is not Extractor.AUTO
+        # Further passes of a stateful model would change what later ones see.
+        if named or not variants or batches < _WORTH_MEASURING or self._stateful():
+            return first.variant
+
+        def seconds(variant: str) -> float:
+            result = self.batches.run(worker, first.items, Way(first.extractor, variant))
+            return (result.timings.compute_ns or 0) / 1e9
+
+        return fastest_variant(seconds, variants)
+
+    def _plan(self, result: BatchResult, variant: str) -> Plan:
         outputs = {}
         for name, rows in result.rows.items():
             dtype = self.writer.stored(name, rows.dtype)
@@ -384,6 +423,7 @@ class _Run:
             shard_items=self.shard_items or self._shard_items(item_bytes),
             item_bytes=item_bytes,
             outputs=outputs,
+            variant=variant,
         )
 
     def _shard_items(self, item_bytes: int) -> int:
@@ -421,7 +461,11 @@ class _Run:
                 plan,
                 workers,
                 write,
-                fallback=self.extractor is Extractor.AUTO,
+                way=Way(
+                    Extractor(plan.extractor),
+                    plan.variant,
+                    fallback=self.extractor is Extractor.AUTO,
+                ),
                 memory=self.memory,
             )
             pipeline.run(missing, sum(sizes), failed, report)
@@ -516,6 +560,7 @@ class _Run:
             failures=tuple(failures),
             outputs=plan.outputs,
             extractor=Extractor(plan.extractor),
+            variant=plan.variant,
             shards_before=count - written,
             shards_written=written,
             changed=changed_from(manifest.get("changed", ())),

@@ -12,16 +12,16 @@ from layertap.errors import InvalidInputError, LayertapError
 from layertap.intervention import REPORT_PREFIX
 from layertap.resources import available_cpus
 from layertap.selection import Extractor, LayerSelection
-from layertap.timings import Timings
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from layertap.client import Client, FeatureStream
+    from layertap.client import Client, Features, FeatureStream
     from layertap.description import ModelDescription
     from layertap.inputs import InputLike
     from layertap.intervention import Intervention
-    from layertap.local import LocalModel
+    from layertap.local import LocalFeatures, LocalModel
+    from layertap.timings import Timings
 
 __all__ = ["Answer", "LocalRunner", "RemoteRunner", "Runner", "Worker"]
 
@@ -37,12 +37,14 @@ class Answer:
     Attributes:
         arrays: The layers by name.
         extractor: The extractor that captured them.
+        variant: How its program is finished; empty for the usual way.
         timings: How long each part took.
         changed: What each intervention changed.
     """
 
     arrays: Mapping[str, np.ndarray]
     extractor: Extractor
+    variant: str
     timings: Timings
     changed: tuple[Changed, ...] = ()
 
@@ -58,9 +60,19 @@ class Worker(ABC):
 
     @abstractmethod
     def ask(
-        self, given: InputLike, selections: Sequence[LayerSelection], extractor: Extractor
+        self,
+        given: InputLike,
+        selections: Sequence[LayerSelection],
+        extractor: Extractor,
+        variant: str = "",
     ) -> Answer:
         """Return layers of a batch.
+
+        Args:
+            given: The batch.
+            selections: The layers.
+            extractor: The extractor to use.
+            variant: How its program is finished; empty for the usual way.
 
         Raises:
             LayertapError: See ``LocalModel.extract`` and ``Client.extract``.
@@ -141,7 +153,11 @@ class _LocalWorker(Worker):
         self._interventions = interventions
 
     def ask(
-        self, given: InputLike, selections: Sequence[LayerSelection], extractor: Extractor
+        self,
+        given: InputLike,
+        selections: Sequence[LayerSelection],
+        extractor: Extractor,
+        variant: str = "",
     ) -> Answer:
         features = self._model.extract(
             given,
@@ -149,8 +165,9 @@ class _LocalWorker(Worker):
             extractor=extractor,
             objective=self._objective,
             interventions=self._interventions,
+            variant=variant,
         )
-        return _answer(features.numpy(), features.extractor, features.timings)
+        return _answer(features.numpy(), features)
 
     def close(self) -> None:
         pass  # The model is the caller's.
@@ -232,12 +249,12 @@ def _one_set(interventions: Sequence[Intervention]) -> Sequence[Intervention]:
     return interventions
 
 
-def _answer(arrays: Mapping[str, np.ndarray], extractor: Extractor, timings: Timings) -> Answer:
+def _answer(arrays: Mapping[str, np.ndarray], of: Features | LocalFeatures) -> Answer:
     """Return the answer with the reports about a whole batch apart from the items' outputs."""
     changed = changed_of(arrays)
     if changed:
         arrays = {n: array for n, array in arrays.items() if not n.startswith(REPORT_PREFIX)}
-    return Answer(arrays, extractor, timings, changed)
+    return Answer(arrays, of.extractor, of.variant, of.timings, changed)
 
 
 def _words(value: object) -> str:
@@ -264,7 +281,11 @@ class _RemoteWorker(Worker):
         self._stream: FeatureStream | None = None
 
     def ask(
-        self, given: InputLike, selections: Sequence[LayerSelection], extractor: Extractor
+        self,
+        given: InputLike,
+        selections: Sequence[LayerSelection],
+        extractor: Extractor,
+        variant: str = "",
     ) -> Answer:
         from layertap.client import StreamRequest
 
@@ -277,6 +298,7 @@ class _RemoteWorker(Worker):
             extractor,
             objective=self._objective,
             interventions=self._interventions,
+            variant=variant,
         )
         try:
             [(_, outcome)] = self._stream.extract([request])
@@ -285,7 +307,7 @@ class _RemoteWorker(Worker):
             raise
         if isinstance(outcome, LayertapError):
             raise outcome
-        return _answer(outcome, outcome.extractor, outcome.timings)
+        return _answer(outcome, outcome)
 
     def close(self) -> None:
         if self._stream is not None:

@@ -35,7 +35,8 @@ class Entrant(NamedTuple):
 
     def __str__(self) -> str:
         """Return it in words."""
-        return f"{self.extractor.name} with {self.variant}" if self.variant else self.extractor.name
+        name = self.extractor.name
+        return f"{name} with {self.variant.replace('_', ' ')}" if self.variant else name
 
 
 class Contest(NamedTuple):

@@ -21,6 +21,7 @@ from layertap.description import (
 )
 from layertap.engine.host import ModelHost, RefusedPlan
 from layertap.extraction.catalogue import LayerEntry, side_name
+from layertap.extraction.kinds.registry import KINDS
 from layertap.extraction.layout import Layout
 from layertap.extraction.points import Dim, PointKind, ValueSpec
 from layertap.models import InputSpec, Preprocess, Steps
@@ -81,6 +82,11 @@ def summarize(host: ModelHost) -> ModelDescription:
             *(*host.sharing.notes, *host.races.notes),
         ),
         declared_layers=tuple(each.name_for(each.layer) for each in host.declared),
+        variants={
+            extractor: names
+            for extractor, kind in KINDS.items()
+            if (names := kind.variants(model.device))
+        },
     )
 
 

@@ -76,7 +76,8 @@ class ExtractionRequest(Generic[P]):
         extractor: The extractor to use.
         objective: What requested gradients are the gradients of; None if there are none.
         interventions: Changes of values while the model runs.
-        form: Returns the form of the reply, given the chosen extractor.
+        variant: How the extractor's program is finished; empty for the usual way.
+        form: Returns the form of the reply, given the chosen extractor and its variant.
     """
 
     model: str
@@ -85,7 +86,8 @@ class ExtractionRequest(Generic[P]):
     extractor: Extractor = Extractor.AUTO
     objective: Objective | None = None
     interventions: tuple[Intervention, ...] = ()
-    form: Callable[[Extractor], ReplyForm[P]] = field(kw_only=True)
+    variant: str = field(default="", kw_only=True)
+    form: Callable[[Extractor, str], ReplyForm[P]] = field(kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,7 @@ class Extraction(Generic[P]):
     Attributes:
         payload: The reply in the request's form: the bytes of a message, or tensors.
         extractor: The extractor that served it; never AUTO.
+        variant: How its program is finished; empty for the usual way.
         timings: How long each part took.
         together: The number of requests that shared the forward pass, including this one.
         shared_bytes: Bytes of tensors in shared memory instead of in the payload.
@@ -104,6 +107,7 @@ class Extraction(Generic[P]):
 
     payload: P
     extractor: Extractor
+    variant: str
     timings: Timings
     together: int = 1
     shared_bytes: int = 0
@@ -167,7 +171,7 @@ class Pipeline:
         host, request, call = admitted.host, admitted.request, admitted.call
         keys = request.objective.keys if request.objective else ()
         sites = tuple(each.key for each in request.interventions)
-        resolved = host.resolve(request.selections, request.extractor, keys, sites)
+        resolved = host.resolve(request.selections, request.extractor, keys, sites, request.variant)
         x, beside = self._batch(admitted)
         padded = self._padded(admitted, x, beside, resolved)
         if padded is not None:
@@ -223,7 +227,7 @@ class Pipeline:
     ) -> Extraction[P] | None:
         """Run a request in several passes; None if one of them fails."""
         host, call, reserved = admitted.host, admitted.call, admitted.reply
-        form = admitted.request.form(planned.plan.extractor)
+        form = admitted.request.form(planned.plan.extractor, planned.plan.variant)
         envelope = Envelope(self._limits.reply_bytes, form, reserved.take)
         outputs, plan, size = planned.resolved.outputs, planned.plan, planned.x.size
         builder = reply_writer(outputs, plan, size, envelope, beside=planned.beside).builder
@@ -257,8 +261,9 @@ class Pipeline:
         reserved.shrink(form.nbytes(payload))
         together = max(each.together for each in done)
         return Extraction(
-            payload, plan.extractor, timings, together, form.shared_bytes, size, reserved
-        )
+            payload, plan.extractor, plan.variant, timings,
+            together, form.shared_bytes, size, reserved,
+        )  # fmt: skip
 
     def _run_model(
         self, admitted: _Admitted[P], x: Batch, beside: Beside, failed: Plan, reason: str
@@ -305,7 +310,7 @@ class Pipeline:
     ) -> Extraction[P]:
         x, beside, resolved, plan, padding = planned
         host, call, reserved = admitted.host, admitted.call, admitted.reply
-        form = admitted.request.form(plan.extractor)
+        form = admitted.request.form(plan.extractor, plan.variant)
         envelope = Envelope(self._limits.reply_bytes, form, reserved.take)
         sets = plan.pass_spec.sets
         rows = x.size * sets
@@ -353,8 +358,9 @@ class Pipeline:
         # Copies on the host and casts have been freed by now; only the payload is left.
         reserved.shrink(form.nbytes(payload))
         return Extraction(
-            payload, plan.extractor, timings, done.together, form.shared_bytes, items, reserved
-        )
+            payload, plan.extractor, plan.variant, timings,
+            done.together, form.shared_bytes, items, reserved,
+        )  # fmt: skip
 
     def _batch(self, admitted: _Admitted[Any]) -> tuple[Batch, Beside]:
         host, given = admitted.host, admitted.request.inputs

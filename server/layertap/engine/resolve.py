@@ -120,11 +120,13 @@ class Resolved:
         outputs: The tensors of the reply, in order.
         pass_spec: What the forward pass must do: capture each distinct value.
         candidates: The extractors that can serve it, in the order in which AUTO prefers them.
+        variant: How the program of the only candidate is finished; empty for the usual way.
     """
 
     outputs: tuple[Output, ...]
     pass_spec: PassSpec
     candidates: tuple[Extractor, ...]
+    variant: str = ""
 
     @property
     def points(self) -> tuple[CapturePoint, ...]:
@@ -139,6 +141,7 @@ def resolve(
     extractor: Extractor,
     *,
     max_layers: int,
+    variant: str = "",
     objective: Sequence[TermKey] = (),
     interventions: Sequence[SiteKey] = (),
 ) -> Resolved:
@@ -150,19 +153,23 @@ def resolve(
         selections: The layers to return.
         extractor: The extractor to use.
         max_layers: Maximum number of layers that the selections match.
+        variant: How the extractor's program is finished; empty for the usual way.
         objective: The terms of the objective; none if no gradients are requested.
         interventions: The layers of interventions; none without any.
 
     Raises:
         InvalidInputError: If there are no selections, too many of them, two outputs with one name,
             an alias for a glob, a dtype in which values can't be sent, gradients without an
-            objective, or an intervention behind all that is requested.
+            objective, an intervention behind all that is requested, or a variant that the extractor
+            does not have.
         LayerNotFoundError: If a name or glob matches nothing.
         ExtractorUnsupportedError: If the extractor, or in case of AUTO every extractor, can't
             serve a layer or its gradient, or an intervention.
     """
     if not selections:
         raise InvalidInputError("layers: got none, expected at least one layer")
+    if variant:
+        _check_variant(model, extractor, variant)
     _check_objective(selections, objective)
     if objective:
         check_differentiable(model, catalogue, extractor)
@@ -228,7 +235,7 @@ def resolve(
         for index, point in enumerate(points)
         if point.is_report
     )
-    return Resolved(outputs, spec, _candidates(matches, extractor, spec))
+    return Resolved(outputs, spec, _candidates(matches, extractor, spec), variant)
 
 
 def _each_layer(selection: LayerSelection) -> list[LayerSelection]:
@@ -293,6 +300,20 @@ def _check_objective(selections: Sequence[LayerSelection], objective: Sequence[T
     if gradient is None and objective:
         raise InvalidInputError(
             "objective: got one, but no layer's GRADIENT or INPUT_GRADIENT is requested"
+        )
+
+
+def _check_variant(model: LoadedModel, extractor: Extractor, variant: str) -> None:
+    if extractor is Extractor.AUTO:
+        raise InvalidInputError(
+            f"variant: got {variant!r} with AUTO, which chooses by itself; expected the name of "
+            f"the extractor too"
+        )
+    known = KINDS[extractor].variants(model.device)
+    if variant not in known:
+        raise InvalidInputError(
+            f"variant: got {variant!r}, expected {' or '.join(['none', *map(repr, known)])} for "
+            f"{extractor.name} on a {model.device.type} device"
         )
 
 

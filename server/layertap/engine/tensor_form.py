@@ -27,11 +27,12 @@ class TensorForm:
 
     Args:
         extractor: The extractor that serves the request; it doesn't affect this form.
+        variant: How its program is finished; it doesn't affect this form either.
     """
 
     shared_bytes = 0
 
-    def __init__(self, extractor: Extractor) -> None:
+    def __init__(self, extractor: Extractor, variant: str = "") -> None:
         self._tensors: Sequence[NamedTensor] = ()
 
     def lay_out(self, tensors: Sequence[NamedTensor]) -> int:

@@ -255,6 +255,7 @@ class PlanBuilder:
         batch_key: BatchKey,
         outcome: Outcome = (),
         *,
+        variant: str = "",
         example: Batch | None = None,
         keep: bool = False,
     ) -> Plan:
@@ -268,15 +269,17 @@ class PlanBuilder:
             pass_spec: What to capture: points that the catalogue says the extractor serves.
             batch_key: What the batches to serve have in common.
             outcome: What the model's looks give for the batches to serve, for a compiled plan.
+            variant: How the program is finished; empty for the usual way.
             example: A batch of that outcome, as the model takes it; None if samples are to show it.
             keep: Whether to use a compiled plan stored on disk, or else to store the new one. This
-                is always done for a kind that compiles slowly.
+                is always done for a kind that compiles slowly, and never for a variant, as proofs
+                and parts of programs are kept of the usual way only.
 
         Raises:
             InvalidInputError: If the model itself can't run on such items.
             ExtractorUnsupportedError: If the extractor can't be built or its values differ.
         """
-        key = PlanKey(extractor, pass_spec, batch_key, outcome)
+        key = PlanKey(extractor, pass_spec, batch_key, outcome, variant)
         for step in self.steps(key, example=example, keep=keep):
             if isinstance(step, Plan):
                 return step
@@ -295,7 +298,7 @@ class PlanBuilder:
             yield from self._gradients.steps(key)
             return
         kind, points = kind_of(extractor), pass_spec.points
-        keep = keep or (isinstance(kind, CompiledKind) and kind.slow)
+        keep = (keep or (isinstance(kind, CompiledKind) and kind.slow)) and not key.variant
         if isinstance(kind, ReferenceKind) and batch_key == self._model.signature.key:
             # Measuring has already run this kind at this size, so nothing needs to be learnt.
             specs = tuple(self._catalogue.specs[point] for point in points)
@@ -399,7 +402,7 @@ class PlanBuilder:
         """Build a compiled plan for one outcome; see ``guards``."""
         cases = yield from self.prover.cases(kind, key, example)
         outcome = key.outcome or ()
-        proof = _Proof(kind, key.pass_spec, cases, outcome)
+        proof = _Proof(kind, key.pass_spec, cases, outcome, key.variant)
         specs = tuple(
             self._placed(point, spec, key.batch_key)
             for point, spec in zip(key.pass_spec.points, proof.specs(), strict=True)
@@ -412,7 +415,9 @@ class PlanBuilder:
         else:
             built = yield from self._compiled(kind, proof, keep=keep)
         findings = Findings(x.size for x, _ in proof.cases)
-        yield Plan(kind, key.pass_spec, key.batch_key, specs, built, findings, outcome)
+        yield Plan(
+            kind, key.pass_spec, key.batch_key, specs, built, findings, outcome, variant=key.variant
+        )
 
     def _placed(self, point: CapturePoint, spec: ValueSpec, batch_key: BatchKey) -> ValueSpec:
         return placed(self._model.signature, self._catalogue, point, spec, batch_key)
@@ -466,7 +471,8 @@ class PlanBuilder:
             self._share(candidate, built, proof, stored)
         self._keep_proof(stored, proof)
         if general:
-            self._general[PlanKey(kind.id, proof.pass_spec, proof.example.key)] = built
+            purpose = PlanKey(kind.id, proof.pass_spec, proof.example.key, variant=proof.variant)
+            self._general[purpose] = built
         return built
 
     def _stored(
@@ -564,7 +570,7 @@ class PlanBuilder:
     ) -> None:
         """Let a proven program be tried at other sizes, and parts be made of it."""
         kind, portable = candidate.kind, candidate.portable
-        if not proof.outcome:
+        if not proof.outcome and not proof.variant:
             case = proof.cases[0]
             self.kept.offer(kind, proof.pass_spec, built, stored, case, portable=portable)
         if portable:
@@ -604,7 +610,7 @@ class PlanBuilder:
             stored.keep_proof(self._facts, (x.size for x, _ in proof.cases))
 
     def construct(
-        self, extractor: Extractor, pass_spec: PassSpec, example: Batch
+        self, extractor: Extractor, pass_spec: PassSpec, example: Batch, variant: str = ""
     ) -> BuiltExtractor:
         """Build an extractor without proving it.
 
@@ -612,6 +618,7 @@ class PlanBuilder:
             extractor: Any but AUTO.
             pass_spec: What to capture: points that the extractor claims to serve.
             example: A batch on the model's device. Compiled programs serve batches with its key.
+            variant: How the program is finished; empty for the usual way.
 
         Raises:
             ExtractorUnsupportedError: It can't be built.
@@ -620,7 +627,7 @@ class PlanBuilder:
         if isinstance(kind, CompiledKind):
             outcome = self.outcomes.observe(pass_spec, example)
             program = self._compile(kind, pass_spec, example, outcome)[0]
-            return kind.finish(self._assembled(kind, pass_spec, program), example)
+            return kind.finish(self._assembled(kind, pass_spec, program), example, variant)
         return kind.build(self._context, pass_spec)
 
     def _assembled(self, kind: CompiledKind[Any], pass_spec: PassSpec, recorded: Any) -> Any:

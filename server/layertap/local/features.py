@@ -24,14 +24,20 @@ class LocalFeatures(Mapping[str, torch.Tensor]):
 
     Attributes:
         extractor: The extractor that served the request; never AUTO.
+        variant: How its program is finished, such as ``"channels_last"``; empty for the usual way.
         timings: How long each part took, in nanoseconds.
     """
 
     def __init__(
-        self, tensors: Mapping[str, torch.Tensor], extractor: Extractor, timings: Timings
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        extractor: Extractor,
+        variant: str,
+        timings: Timings,
     ) -> None:
         self._tensors = dict(tensors)
         self.extractor = extractor
+        self.variant = variant
         self.timings = timings
 
     def __getitem__(self, name: str) -> torch.Tensor:

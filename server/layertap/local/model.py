@@ -98,6 +98,7 @@ class LocalModel:
         extractor: Extractor | str = Extractor.AUTO,
         objective: ObjectiveLike | None = None,
         interventions: InterventionsLike | None = None,
+        variant: str = "",
         timeout: float | None = None,
     ) -> LocalFeatures:
         """Return layers of a batch from one forward pass, which stops as early as possible.
@@ -117,6 +118,8 @@ class LocalModel:
             interventions: Changes of values while the model runs: an `Intervention`, a text such as
                 ``"layer4:channel=3:zero"``, a list of these, or a list of such lists, one for each
                 set. The result then has ``interventions.elements`` and so on, too.
+            variant: How the extractor's program is finished: one of ``describe().variants`` of the
+                extractor, which must be named; empty for the usual way.
             timeout: Seconds that the extraction may take; None for no limit.
 
         Returns:
@@ -143,13 +146,18 @@ class LocalModel:
         given = inputs_of(batch)
         host = self.host
         extraction = self._engine.extract(
-            ExtractionRequest(self.name, given, selections, chosen, aim, changes, form=TensorForm),
+            ExtractionRequest(
+                self.name, given, selections, chosen, aim, changes,
+                variant=variant, form=TensorForm,
+            ),
             call,
             host,
-        )
+        )  # fmt: skip
         # Release the bytes now: the limit is for replies in transit, and the caller has this one.
         extraction.release()
-        return LocalFeatures(extraction.payload, extraction.extractor, extraction.timings)
+        return LocalFeatures(
+            extraction.payload, extraction.extractor, extraction.variant, extraction.timings
+        )
 
     def close(self) -> None:
         """Finish running extractions, then free the model. Calling it again has no effect."""

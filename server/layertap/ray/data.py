@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from layertap.dataset.batches import Batches
+from layertap.dataset.batches import Batches, Way
 from layertap.dataset.rows import RowRules
 from layertap.dataset.runners import LocalRunner
 from layertap.dataset.sources import Source
@@ -161,7 +161,7 @@ class LayerActor:
         self._preprocesses = any(each.preprocessing for each in described.inputs)
         self._selections = selections
         self._column, self._id_column = column, id_column
-        self._extractor, self._skip = extractor, skip
+        self._way, self._skip = Way(extractor), skip
 
     def fingerprint(self) -> str:
         """Return a digest of the model's structure and weights."""
@@ -192,7 +192,7 @@ class LayerActor:
         places: list[int] = []
         parts: list[Mapping[str, np.ndarray]] = []
         for begin in range(0, len(source), each):
-            result = batches.run(self._worker, range(begin, begin + each), self._extractor, False)
+            result = batches.run(self._worker, range(begin, begin + each), self._way)
             for failure in result.failures:
                 _log.warning("row %s failed and is left out: %s", failure.id, failure.error)
             if result.items:

@@ -139,6 +139,7 @@ def request_from_proto(
         ),
         objective=objective_from_proto(request.objective),
         interventions=interventions_from_proto(request.interventions),
+        variant=request.variant,
         form=partial(SharedForm, fields=reply_fields, memory=memory),
     )
 

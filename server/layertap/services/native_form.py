@@ -15,8 +15,8 @@ from layertap.wire.messages import REPLY_TENSOR_FIELD
 __all__ = ["REPLY_HEAD_SIZE", "NativeForm", "encode_reply_head"]
 
 
-def encode_reply_head(extractor: Extractor, timings: Timings) -> bytes:
-    """Return an ExtractResponse without tensors; its size is always REPLY_HEAD_SIZE bytes."""
+def encode_reply_head(extractor: Extractor, timings: Timings, variant: str = "") -> bytes:
+    """Return an ExtractResponse without tensors; its size does not depend on the timings."""
     response = feature_service_pb2.ExtractResponse(
         extractor=to_proto(extractor, "EXTRACTOR"),
         timings=feature_service_pb2.Timings(
@@ -25,11 +25,13 @@ def encode_reply_head(extractor: Extractor, timings: Timings) -> bytes:
             compute_ns=timings.compute_ns,
             total_ns=timings.total_ns,
         ),
+        variant=variant,
     )
     return response.SerializeToString()
 
 
 REPLY_HEAD_SIZE = len(encode_reply_head(next(iter(Extractor)), Timings()))
+"""The size of such a head in bytes, without a variant."""
 
 
 class NativeForm:
@@ -37,12 +39,17 @@ class NativeForm:
 
     Args:
         extractor: The extractor that serves the request.
+        variant: How its program is finished; empty for the usual way.
         fields: Serialized fields to add to the message, such as the id of an item.
     """
 
-    def __init__(self, extractor: Extractor, fields: bytes = b"") -> None:
+    def __init__(self, extractor: Extractor, variant: str = "", *, fields: bytes = b"") -> None:
         self.shared_bytes = 0
         self._extractor = extractor
+        self._variant = variant
+        self._head_size = REPLY_HEAD_SIZE
+        if variant:
+            self._head_size = len(encode_reply_head(extractor, Timings(), variant))
         self._fields = fields
         self._tensors: Sequence[NamedTensor] = ()
         self._laid_out: codec.ReplyLayout
@@ -60,7 +67,7 @@ class NativeForm:
 
     def head(self, timings: Timings) -> bytes:
         """See ``ReplyForm``."""
-        return encode_reply_head(self._extractor, timings) + self._fields
+        return encode_reply_head(self._extractor, timings, self._variant) + self._fields
 
     def nbytes(self, payload: bytes) -> int:
         """See ``ReplyForm``."""
@@ -68,7 +75,7 @@ class NativeForm:
 
     def _layout(self, *, apart: bool) -> codec.ReplyLayout:
         """Compute the message's layout, with its tensors or (``apart``) references to them."""
-        size = REPLY_HEAD_SIZE + len(self._fields)
+        size = self._head_size + len(self._fields)
         return codec.ReplyLayout(
             self._tensors, field=REPLY_TENSOR_FIELD, head_size=size, apart=apart
         )

@@ -20,14 +20,20 @@ class SharedForm(NativeForm):
 
     Args:
         extractor: The extractor that serves the request.
+        variant: How its program is finished; empty for the usual way.
         fields: Serialized fields to add to the message, such as the id of an item.
         memory: The shared memory of the request's session; None if it has none.
     """
 
     def __init__(
-        self, extractor: Extractor, fields: bytes = b"", memory: SessionMemory | None = None
+        self,
+        extractor: Extractor,
+        variant: str = "",
+        *,
+        fields: bytes = b"",
+        memory: SessionMemory | None = None,
     ) -> None:
-        super().__init__(extractor, fields)
+        super().__init__(extractor, variant, fields=fields)
         self._memory = memory
 
     def builder(self, admit: Callable[[int], object]) -> ReplyBuilder[bytes]:

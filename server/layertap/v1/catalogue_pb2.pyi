@@ -163,6 +163,14 @@ class RefusedPlan(_message.Message):
     reason: str
     def __init__(self, extractor: _Optional[_Union[Extractor, str]] = ..., layers: _Optional[_Iterable[str]] = ..., inputs: _Optional[_Iterable[_Union[ItemTensor, _Mapping]]] = ..., reason: _Optional[str] = ...) -> None: ...
 
+class ExtractorVariants(_message.Message):
+    __slots__ = ("extractor", "names")
+    EXTRACTOR_FIELD_NUMBER: _ClassVar[int]
+    NAMES_FIELD_NUMBER: _ClassVar[int]
+    extractor: Extractor
+    names: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, extractor: _Optional[_Union[Extractor, str]] = ..., names: _Optional[_Iterable[str]] = ...) -> None: ...
+
 class ItemTensor(_message.Message):
     __slots__ = ("name", "dtype", "shape")
     NAME_FIELD_NUMBER: _ClassVar[int]
@@ -240,7 +248,7 @@ class PassRules(_message.Message):
     def __init__(self, early_stop: bool = ..., concurrent: bool = ..., shared: bool = ..., state: _Optional[_Union[KeptState, str]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "source", "weights", "device", "inputs", "declared_layers", "notes", "pass_rules", "fingerprint")
+    __slots__ = ("name", "source", "weights", "device", "inputs", "declared_layers", "notes", "pass_rules", "fingerprint", "variants")
     NAME_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
@@ -250,6 +258,7 @@ class Model(_message.Message):
     NOTES_FIELD_NUMBER: _ClassVar[int]
     PASS_RULES_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    VARIANTS_FIELD_NUMBER: _ClassVar[int]
     name: str
     source: str
     weights: str
@@ -259,4 +268,5 @@ class Model(_message.Message):
     notes: _containers.RepeatedScalarFieldContainer[str]
     pass_rules: PassRules
     fingerprint: str
-    def __init__(self, name: _Optional[str] = ..., source: _Optional[str] = ..., weights: _Optional[str] = ..., device: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[InputSpec, _Mapping]]] = ..., declared_layers: _Optional[_Iterable[str]] = ..., notes: _Optional[_Iterable[str]] = ..., pass_rules: _Optional[_Union[PassRules, _Mapping]] = ..., fingerprint: _Optional[str] = ...) -> None: ...
+    variants: _containers.RepeatedCompositeFieldContainer[ExtractorVariants]
+    def __init__(self, name: _Optional[str] = ..., source: _Optional[str] = ..., weights: _Optional[str] = ..., device: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[InputSpec, _Mapping]]] = ..., declared_layers: _Optional[_Iterable[str]] = ..., notes: _Optional[_Iterable[str]] = ..., pass_rules: _Optional[_Union[PassRules, _Mapping]] = ..., fingerprint: _Optional[str] = ..., variants: _Optional[_Iterable[_Union[ExtractorVariants, _Mapping]]] = ...) -> None: ...

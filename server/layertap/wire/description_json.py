@@ -58,6 +58,10 @@ def _model(description: ModelDescription) -> _Object:
         notes=list(description.notes),
         pass_rules=_passes(description.passes),
         fingerprint=description.fingerprint,
+        variants=[
+            _object(extractor=to_proto(each, "EXTRACTOR"), names=list(names))
+            for each, names in description.variants.items()
+        ],
     )
 
 

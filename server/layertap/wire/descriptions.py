@@ -61,6 +61,10 @@ def model_to_proto(description: ModelDescription) -> catalogue_pb2.Model:
         declared_layers=description.declared_layers,
         notes=description.notes,
         pass_rules=_passes_to_proto(description.passes),
+        variants=[
+            catalogue_pb2.ExtractorVariants(extractor=to_proto(each, "EXTRACTOR"), names=names)
+            for each, names in description.variants.items()
+        ],
         fingerprint=description.fingerprint,
     )
 
@@ -81,6 +85,7 @@ def description_from_proto(
         notes=tuple(model.notes),
         declared_layers=tuple(model.declared_layers),
         refused_plans=tuple(map(_plan_from_proto, response.refused_plans)),
+        variants={_extractor(each.extractor): tuple(each.names) for each in model.variants},
         fingerprint=model.fingerprint,
     )
 
@@ -205,7 +210,7 @@ def _layer_from_proto(layer: catalogue_pb2.Layer) -> LayerDescription:
 
 
 def _refusals(support: catalogue_pb2.ExtractorSupport) -> tuple[Extractor, dict[Capture, str]]:
-    extractor = from_proto(support.extractor, catalogue_pb2.Extractor, "EXTRACTOR", Extractor.AUTO)
+    extractor = _extractor(support.extractor)
     return extractor, {
         from_proto(verdict.capture, catalogue_pb2.Capture, "CAPTURE", Capture.OUTPUT): ""
         if verdict.served
@@ -272,7 +277,7 @@ def _passes_from_proto(rules: catalogue_pb2.PassRules) -> PassDescription | None
 
 def _plan_from_proto(plan: catalogue_pb2.RefusedPlan) -> RefusedPlanDescription:
     return RefusedPlanDescription(
-        extractor=from_proto(plan.extractor, catalogue_pb2.Extractor, "EXTRACTOR", Extractor.AUTO),
+        extractor=_extractor(plan.extractor),
         layers=tuple(plan.layers),
         inputs=tuple(
             ItemDescription(item.name, _dtype(item.dtype), tuple(item.shape))
@@ -280,6 +285,10 @@ def _plan_from_proto(plan: catalogue_pb2.RefusedPlan) -> RefusedPlanDescription:
         ),
         reason=plan.reason,
     )
+
+
+def _extractor(number: int) -> Extractor:
+    return from_proto(number, catalogue_pb2.Extractor, "EXTRACTOR", Extractor.AUTO)
 
 
 def _dtype(number: int) -> str:

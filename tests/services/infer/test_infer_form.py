@@ -46,7 +46,7 @@ def build(form: InferForm, tensors: list, arrays: list) -> bytes:
 def test_a_reply_is_what_upb_reads(streamed: bool, size: int) -> None:
     """Metadata, parameters and raw contents can be read back, for every length of the lengths."""
     x = np.arange(2 * size, dtype=np.float32).reshape(2, size)
-    form = InferForm(Extractor.HOOK, ReplyOptions("net", "id 7", streamed=streamed))
+    form = InferForm(Extractor.HOOK, options=ReplyOptions("net", "id 7", streamed=streamed))
     tensors = [("a", F32, (2, size)), ("b", F16, (size, 2)), ("c", BOOL, (3,))]
     flags = np.array([True, False, True])
     message = build(form, tensors, [(F32, x), (F32, x.T), (BOOL, flags)])
@@ -76,7 +76,7 @@ def test_outputs_in_shared_memory_leave_an_empty_payload(path: Path) -> None:
     regions.register(0, "r", path.name, 64, 1024)
     x = np.arange(12, dtype=np.float32).reshape(3, 4)
     slices = {"a": regions.slice(0, "r", 0, 48), "c": regions.slice(0, "r", 100, 24)}
-    form = InferForm(Extractor.FX, ReplyOptions("net", regions=slices))
+    form = InferForm(Extractor.FX, options=ReplyOptions("net", regions=slices))
     tensors = [("a", F32, (3, 4)), ("b", F32, (4, 3)), ("c", F16, (4, 3))]
     message = build(form, tensors, [(F32, x), (F32, x.T), (F32, x.T)])
     response = pb.ModelInferResponse.FromString(message)
@@ -97,7 +97,7 @@ def test_bfloat16_goes_to_shared_memory_as_its_bits(path: Path) -> None:
     regions = ClientRegions()
     regions.register(0, "r", path.name, 0, 8)
     form = InferForm(
-        Extractor.HOOK, ReplyOptions("net", regions={"a": regions.slice(0, "r", 0, 8)})
+        Extractor.HOOK, options=ReplyOptions("net", regions={"a": regions.slice(0, "r", 0, 8)})
     )
     build(form, [("a", BF16, (2,))], [(F32, np.array([1.0, -2.0], np.float32))])
     assert path.read_bytes()[:4] == b"\x80\x3f\x00\xc0"
@@ -108,7 +108,7 @@ def test_a_region_that_is_too_small_is_refused_before_any_compute(path: Path) ->
     regions = ClientRegions()
     regions.register(0, "r", path.name, 0, 4096)
     form = InferForm(
-        Extractor.HOOK, ReplyOptions("net", regions={"a": regions.slice(0, "r", 0, 15)})
+        Extractor.HOOK, options=ReplyOptions("net", regions={"a": regions.slice(0, "r", 0, 15)})
     )
     with pytest.raises(InvalidInputError, match="got shared memory of 15 bytes, expected at least"):
         form.lay_out([("a", F32, (4,))])
@@ -119,7 +119,7 @@ def test_a_failed_write_is_told_at_the_end(path: Path) -> None:
     regions = ClientRegions()
     regions.register(0, "r", path.name, 0, 4096)
     form = InferForm(
-        Extractor.HOOK, ReplyOptions("net", regions={"a": regions.slice(0, "r", 0, 16)})
+        Extractor.HOOK, options=ReplyOptions("net", regions={"a": regions.slice(0, "r", 0, 16)})
     )
     form.lay_out([("a", F32, (4,))])
     builder = form.builder(lambda nbytes: None)

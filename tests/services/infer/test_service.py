@@ -299,3 +299,22 @@ def test_health_and_reflection_list_the_service(channel) -> None:
     listed, described = stub.ServerReflectionInfo(iter(asked))
     assert NAME in {each.name for each in listed.list_services_response.service}
     assert described.file_descriptor_response.file_descriptor_proto
+
+
+def test_a_variant_is_named_in_a_parameter(stub, client) -> None:
+    """The response names it, and has the bits of the native reply; an unknown one is refused."""
+    x = batch(2)
+    named = {"extractor": "torchscript", "variant": "channels_last"}
+    request = raw_request(x, output("layer1"))
+    for name, parameter in parameters(named).items():
+        request.parameters[name].CopyFrom(parameter)
+    response = stub.ModelInfer(request)
+    features = client.extract("residual", x, "layer1", **named)
+    assert features.variant == "channels_last"
+    assert np.array_equal(arrays(response)["layer1"], features["layer1"])
+    assert {name: response.parameters[name].string_param for name in named} == named
+    request.parameters["variant"].string_param = "sideways"
+    code, details = refusal(stub, request)
+    assert code is Code.INVALID_ARGUMENT
+    assert "variant: got 'sideways', expected none or 'channels_last'" in details
+    assert "variant" not in stub.ModelInfer(raw_request(x, output("layer1"))).parameters

@@ -18,7 +18,6 @@ from layertap.engine.races import RACE_AFTER, Races
 from layertap.engine.resolve import Resolved
 from layertap.errors import LayertapError
 from layertap.extraction.guards import Outcome
-from layertap.extraction.kinds.base import CompiledKind
 from layertap.extraction.kinds.registry import KINDS, REFERENCE, kind_of
 from layertap.extraction.plan import Plan, PlanKey
 from layertap.extraction.samples import ordinary_batch
@@ -88,7 +87,7 @@ class Choice:
             outcome: The outcome of the model's looks at that batch; None if it is not known.
         """
         if len(resolved.candidates) == 1:
-            return Entrant(resolved.candidates[0])
+            return Entrant(resolved.candidates[0], resolved.variant)
         compiles = self._compiles and len(resolved.points) <= MAX_PROMOTED
         for extractor in resolved.candidates:
             if not kind_of(extractor).compiled:
@@ -145,10 +144,7 @@ class Choice:
         return [*self._variants(key), *compilers]
 
     def _variants(self, key: PlanKey) -> list[Entrant]:
-        kind = kind_of(key.extractor)
-        if not isinstance(kind, CompiledKind):
-            return []
-        variants = kind.variants(self._measured.model.device)
+        variants = kind_of(key.extractor).variants(self._measured.model.device)
         found = [Entrant(key.extractor, each) for each in variants]
         return [each for each in found if not self._plans.is_refused(each.key(key))]
 

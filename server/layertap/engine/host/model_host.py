@@ -9,6 +9,7 @@ from functools import lru_cache, partial
 
 from layertap.call import Call
 from layertap.engine.compute import ComputeThreads
+from layertap.engine.contest import Entrant
 from layertap.engine.host.choice import Choice
 from layertap.engine.host.declaring import Declaring
 from layertap.engine.host.measured_model import MeasuredModel
@@ -162,11 +163,13 @@ class ModelHost:
         extractor: Extractor,
         objective: tuple[TermKey, ...] = (),
         interventions: tuple[SiteKey, ...] = (),
+        variant: str = "",
     ) -> Resolved:
         """Match what a request names against the catalogue; see ``layertap.engine.resolve``."""
         return self._resolve(
-            selections, extractor, objective=objective, interventions=interventions
-        )
+            selections, extractor, variant=variant,
+            objective=objective, interventions=interventions,
+        )  # fmt: skip
 
     def declare(self, selections: Sequence[LayerSelection], call: Call | None = None) -> None:
         """Build and keep the plans of layers that will be requested: all together and each alone.
@@ -226,7 +229,7 @@ class ModelHost:
         if self._choice.choose(resolved, batch_key, x, outcome) != chosen:
             return self.plan(resolved, x, call)
         raise ExtractorUnsupportedError(
-            f"{chosen.extractor.name} can't serve {quoted(plan.points)} of model "
+            f"{chosen} can't serve {quoted(plan.points)} of model "
             f"{self.model.name!r} at batch size {size}: {refusal}"
         )
 
@@ -241,7 +244,7 @@ class ModelHost:
             The error that requests for it get from now on.
         """
         refusal = ExtractorUnsupportedError(
-            f"{plan.extractor.name} can't serve {quoted(plan.points)} of model "
+            f"{Entrant.of(plan.key)} can't serve {quoted(plan.points)} of model "
             f"{self.model.name!r}: its program failed but the model itself did not ({reason}); "
             f"{REFERENCE.name} can"
         )

@@ -157,8 +157,9 @@ class PlanMaker:
         self._refuse_another_outcome(key)
         try:
             plan = self._builder.build(
-                key.extractor, key.pass_spec, key.batch_key, key.outcome or (), example=own
-            )
+                key.extractor, key.pass_spec, key.batch_key, key.outcome or (),
+                variant=key.variant, example=own,
+            )  # fmt: skip
         except (InvalidInputError, ExtractorUnsupportedError) as refusal:
             self._plans.refuse(key, refusal)
             raise

@@ -167,6 +167,18 @@ class ExtractorKind(ABC):
         del device
         return 3
 
+    def variants(self, device: torch.device) -> tuple[str, ...]:
+        """Return the names of the other ways to finish the kind's program; none by default.
+
+        AUTO uses them only where a race shows that one of them is faster. A request that names the
+        extractor gets the usual way, or the one that it names, so it gets the same bits for ever.
+
+        Args:
+            device: Where the program runs.
+        """
+        del device
+        return ()
+
     def tolerance(self, reference: torch.Tensor) -> float:
         """Return how far a value may be from the model's own.
 
@@ -375,18 +387,6 @@ class CompiledKind(ExtractorKind, Generic[P]):
     def running_once(self) -> AbstractContextManager[object]:
         """Return a context in which nothing is recorded or compiled for later runs."""
         return nullcontext()
-
-    def variants(self, device: torch.device) -> tuple[str, ...]:
-        """Return the other ways to finish a program, in words for people; none by default.
-
-        They are for AUTO only, and only where a race shows that one of them is faster. A request
-        that names the extractor always gets the usual way, so that it gets the same bits for ever.
-
-        Args:
-            device: Where the program runs.
-        """
-        del device
-        return ()
 
     @abstractmethod
     def finish(self, program: P, typical: Batch | None = None, variant: str = "") -> BuiltExtractor:

@@ -32,7 +32,7 @@ Note [Channels last instead of torch's optimisation]
     follows, by torch's usual operations. A program that is only frozen and has such weights took
     0.4 to 0.7 of the time for EfficientNet-B0, 0.8 for DenseNet-121, and 1.0 to 1.3 for ResNet-18
     and VGG-11 on two cores with AVX-512 (``benchmarks/bench_races.py``). So this is a variant,
-    which AUTO takes where it wins a race.
+    which AUTO takes where it wins a race, and which a request can name.
 
 torch.jit is deprecated upstream in favour of torch.export. Only this file compiles with torch.jit;
 another compiler would be another kind.
@@ -64,7 +64,7 @@ from layertap.silence import warnings_ignored
 
 __all__ = ["CHANNELS_LAST", "KIND", "TorchScriptExtractor", "TorchScriptKind", "trace_taps"]
 
-CHANNELS_LAST = "channels last"
+CHANNELS_LAST = "channels_last"
 """A variant; see Note [Channels last instead of torch's optimisation]."""
 
 _tracing = threading.Lock()

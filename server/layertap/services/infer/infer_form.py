@@ -52,12 +52,15 @@ class InferForm:
 
     Args:
         extractor: The extractor that serves the request.
+        variant: How its program is finished; empty for the usual way.
         options: What the request determines about the reply.
     """
 
-    def __init__(self, extractor: Extractor, options: ReplyOptions) -> None:
+    def __init__(self, extractor: Extractor, variant: str = "", *, options: ReplyOptions) -> None:
         self._options = options
         self._parameters = {"extractor": pb.InferParameter(string_param=extractor.value)}
+        if variant:
+            self._parameters["variant"] = pb.InferParameter(string_param=variant)
         if options.streamed:
             self._parameters["triton_final_response"] = pb.InferParameter(bool_param=True)
         self._outputs: list[pb.ModelInferResponse.InferOutputTensor] = []

@@ -21,7 +21,7 @@ __all__ = ["check_version", "extraction_request", "find_host", "timeout_of", "un
 
 _US = 1e-6
 _KNOWN = (
-    *("capture", "method", "map", "reduction", "dtype", "extractor", "objective"),
+    *("capture", "method", "map", "reduction", "dtype", "extractor", "variant", "objective"),
     *("around", "resize", "pool"),
     *("interventions", "timeout"),
     *TEXT_PARAMETERS,
@@ -115,6 +115,7 @@ def extraction_request(
         ),
         selections=selections,
         extractor=extractor_of(request),
+        variant=text(given, "variant", "request"),
         objective=parse_objective(text(given, "objective", "request") or None),
         interventions=parse_interventions(_interventions(text(given, "interventions", "request"))),
         form=partial(InferForm, options=options),

@@ -1,0 +1,205 @@
+"""A run for a large data set uses the fastest way to finish its program, and notes which it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from layertap.dataset import Outcome, extract
+from layertap.dataset.batches import Way
+from layertap.dataset.fastest import fastest_variant
+from layertap.dataset.runners import Answer, LocalRunner, Runner, Worker
+from layertap.description import ModelDescription
+from layertap.errors import ExtractorUnsupportedError, InvalidInputError
+from layertap.local import LocalModel
+from layertap.selection import Extractor, LayerSelection
+from layertap.timings import Timings
+
+TORCHSCRIPT, HOOK, EXPORT = Extractor.TORCHSCRIPT, Extractor.HOOK, Extractor.EXPORT
+CHANNELS_LAST = "channels_last"
+ITEMS = 1001
+"""More than those for which a run waits for a compiled program."""
+
+
+class Timed(Runner):
+    """A real model whose answers say that a variant took a certain time.
+
+    Args:
+        model: The model.
+        took: Nanoseconds by variant; the others are refused.
+    """
+
+    def __init__(self, model: LocalModel, took: Mapping[str, int]) -> None:
+        self._real = LocalRunner(model)
+        self.took = took
+        self.asked: list[tuple[Extractor, str]] = []
+
+    def describe(self) -> ModelDescription:
+        """Describe the model."""
+        return self._real.describe()
+
+    def fingerprint(self) -> str:
+        """Return the model's own."""
+        return self._real.fingerprint()
+
+    def workers(self) -> list[Worker]:
+        """Return one worker."""
+        return [_Timed(self, self._real.workers()[0])]
+
+
+class _Timed(Worker):
+    name = "timed"
+
+    def __init__(self, runner: Timed, real: Worker) -> None:
+        self._runner, self._real = runner, real
+
+    def ask(
+        self,
+        given: object,
+        selections: Sequence[LayerSelection],
+        extractor: Extractor,
+        variant: str = "",
+    ) -> Answer:
+        self._runner.asked.append((extractor, variant))
+        if variant not in self._runner.took:
+            raise ExtractorUnsupportedError("its proof failed")
+        answer = self._real.ask(given, selections, extractor, variant)
+        return replace(answer, timings=Timings(compute_ns=self._runner.took[variant]))
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def items(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An .npy file of random items."""
+    path = tmp_path_factory.mktemp("items") / "items.npy"
+    np.save(path, np.random.default_rng(0).random((ITEMS, 3, 16, 16), np.float32))
+    return str(path)
+
+
+def run(model: LocalModel | Runner, items: str, output: Path, **options: object) -> Outcome:
+    given = {"batch_size": 5, **options}
+    return extract(model, [items], ["layer1"], output, **given)
+
+
+def planned(output: Path) -> Mapping[str, object]:
+    """Return the plan in the manifest of an output."""
+    return json.loads(Path(f"{output}.manifest.json").read_text("utf-8"))["plan"]
+
+
+def test_the_fastest_way_serves_all_batches(model: LocalModel, items: str, tmp_path: Path) -> None:
+    """The output has the bytes of a run that names it; the manifest and the outcome name it."""
+    runner = Timed(model, {"": 100, CHANNELS_LAST: 50})
+    outcome = run(runner, items, tmp_path / "out.npz")
+    assert (outcome.extractor, outcome.variant) == (TORCHSCRIPT, CHANNELS_LAST)
+    assert planned(tmp_path / "out.npz")["variant"] == CHANNELS_LAST
+    batches = -(-ITEMS // 5)
+    assert runner.asked[-batches:] == [(TORCHSCRIPT, CHANNELS_LAST)] * batches
+    named = {"extractor": "torchscript", "variant": CHANNELS_LAST}
+    run(model, items, tmp_path / "named.npz", **named)
+    assert (tmp_path / "out.npz").read_bytes() == (tmp_path / "named.npz").read_bytes()
+    expected = model.extract(np.load(items)[:5], "layer1", extractor="hook")["layer1"].numpy()
+    with np.load(tmp_path / "out.npz") as stored:
+        np.testing.assert_allclose(stored["layer1"][:5], expected, 1e-4, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("took", "options", "asked"),
+    [
+        ({"": 50, CHANNELS_LAST: 100}, {}, {"", CHANNELS_LAST}),
+        ({"": 100}, {}, {"", CHANNELS_LAST}),
+        ({"": 100, CHANNELS_LAST: 50}, {"batch_size": 16}, {""}),
+        ({"": 100, CHANNELS_LAST: 50}, {"extractor": "torchscript"}, {""}),
+    ],
+    ids=["slower", "refused", "few batches", "named"],
+)
+def test_the_usual_way_otherwise(
+    model: LocalModel,
+    items: str,
+    tmp_path: Path,
+    *,
+    took: Mapping[str, int],
+    options: Mapping[str, object],
+    asked: set[str],
+) -> None:
+    """Where it is the fastest or the only way, where measuring would not pay, or if it is named."""
+    runner = Timed(model, took)
+    outcome = run(runner, items, tmp_path / "out.npz", **options)
+    assert (outcome.extractor, outcome.variant) == (TORCHSCRIPT, "")
+    assert {variant for _, variant in runner.asked} == asked
+    assert runner.asked[-50:] == [(TORCHSCRIPT, "")] * 50
+
+
+def test_an_interrupted_run_keeps_the_variant(
+    model: LocalModel, items: str, tmp_path: Path
+) -> None:
+    """Although another one would be measured as the fastest by then."""
+    run(Timed(model, {"": 100, CHANNELS_LAST: 50}), items, tmp_path / "whole.npz")
+    broken = Timed(model, {"": 100, CHANNELS_LAST: 50})
+
+    def stop(progress: object) -> None:
+        if len(broken.asked) > 150:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(broken, items, tmp_path / "out.npz", report=stop, shard_items=50)
+    runner = Timed(model, {"": 50, CHANNELS_LAST: 100})
+    outcome = run(runner, items, tmp_path / "out.npz", shard_items=50)
+    assert outcome.shards_before > 0
+    assert set(runner.asked) == {(TORCHSCRIPT, CHANNELS_LAST)}
+    with np.load(tmp_path / "out.npz") as stored, np.load(tmp_path / "whole.npz") as whole:
+        assert np.array_equal(stored["layer1"], whole["layer1"])
+
+
+@pytest.mark.parametrize(
+    ("extractor", "variant", "expected"),
+    [
+        ("auto", CHANNELS_LAST, "got 'channels_last', expected one of the extractor auto: none"),
+        ("torchscript", "sideways", "got 'sideways', .* torchscript: 'channels_last'"),
+    ],
+)
+def test_a_variant_that_there_is_not_is_refused(
+    model: LocalModel, items: str, tmp_path: Path, *, extractor: str, variant: str, expected: str
+) -> None:
+    """Before anything runs or is written."""
+    with pytest.raises(InvalidInputError, match=expected):
+        run(model, items, tmp_path / "out.npz", extractor=extractor, variant=variant)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("way", "others"),
+    [
+        (Way(TORCHSCRIPT, CHANNELS_LAST), []),
+        (Way(TORCHSCRIPT, CHANNELS_LAST, fallback=True), [TORCHSCRIPT, HOOK]),
+        (Way(TORCHSCRIPT, fallback=True), [HOOK, Extractor.FX]),
+        (Way(EXPORT, fallback=True), [HOOK, Extractor.FX]),
+    ],
+)
+def test_what_serves_a_batch_that_a_way_can_not(way: Way, others: Sequence[Extractor]) -> None:
+    """A variant's own program in the usual way first; EXPORT may have won a race of a server."""
+    found = [each for each in way.others() if each is not EXPORT]
+    assert found[: len(others)] == list(others)
+    assert bool(found) == bool(others)
+
+
+def test_each_variant_races_the_fastest_so_far() -> None:
+    """The first run of each, which may compile, is not counted; one that is refused is left out."""
+    seconds = {"": 4.0, "a": 3.0, "b": 3.5, "c": 1.0}
+    runs: list[str] = []
+
+    def measured(variant: str) -> float:
+        runs.append(variant)
+        if variant == "refused":
+            raise ExtractorUnsupportedError("its proof failed")
+        return seconds[variant] + 100 * (runs.count(variant) == 1)
+
+    assert fastest_variant(measured, ["a", "refused", "b", "c"]) == "c"
+    assert runs.count("refused") == 1
+    assert fastest_variant(lambda variant: 1.0, ["a", "b"]) == ""
