@@ -13,7 +13,7 @@ fuzz: SECONDS ?= 60
 mutants: COUNT ?= 40
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-clients test-models test-export test-gradients test-beside test-s3 test-interventions test-beside-interventions test-zoo test-packages test-ray soak chaos storm fuzz mutants bench bench-cuda bench-dataset bench-peers bench-ray bench-sentences perf-analyzer check check-deploy fmt gen clean
+.PHONY: help setup demo serve test test-clients test-models test-export test-channels-last test-gradients test-beside test-s3 test-interventions test-beside-interventions test-zoo test-packages test-ray soak chaos storm fuzz mutants bench bench-cuda bench-dataset bench-peers bench-ray bench-sentences perf-analyzer check check-deploy fmt gen clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -41,6 +41,10 @@ test-models: setup ## every layer of every model by every extractor; writes docs
 test-export: .venv/.built ## every layer of every model by EXPORT; writes docs/coverage.md: hours
 	$(BIN)/python -W ignore tests/coverage/prove_export.py --jobs 2 --rows tests/coverage/rows/export.json \
 	  --write docs/coverage.md $(ARGS)
+
+test-channels-last: .venv/.built ## every layer of every model by TORCHSCRIPT with channels last; writes docs/coverage.md
+	$(BIN)/python -W ignore tests/coverage/prove_channels_last.py --jobs 2 \
+	  --rows tests/coverage/rows/channels_last.json --write docs/coverage.md $(ARGS)
 
 test-gradients: .venv/.built ## the gradient of every layer of every model; writes docs/coverage.md: hours
 	$(BIN)/python -W ignore tests/coverage/prove_gradients.py --rows tests/coverage/rows/gradients.json \

@@ -107,6 +107,23 @@ def test_reduction_dtype_and_extractor(remote) -> None:
     assert "fx" in result.output
 
 
+def test_a_variant_is_named_and_shown(remote) -> None:
+    """The table tells which program captured the layers."""
+    done, arrays = remote("-l", "features.3", "--extractor", "torchscript")
+    named, its = remote(
+        "-l",
+        "features.3",
+        "--extractor",
+        "torchscript",
+        "--variant",
+        "channels_last",
+        "--overwrite",
+    )
+    assert "torchscript channels_last" in named.stdout
+    assert "channels_last" not in done.stdout
+    np.testing.assert_allclose(its["features.3"], arrays["features.3"], 1e-4, 1e-5)
+
+
 def test_bfloat16_is_stored_as_float32(remote) -> None:
     """bfloat16, which .npz lacks, is stored as float32, which holds all its values."""
     _, stored = remote("-l", "features.3", "--dtype", "bfloat16")

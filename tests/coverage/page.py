@@ -15,8 +15,8 @@ shares no code with layertap, and write what they found into this page.
 """
 
 SECTIONS = (
-    "models", "export", "zoo", "packages", "gradients", "beside", "interventions",
-    "beside_interventions",
+    "models", "channels_last", "export", "zoo", "packages", "gradients", "beside",
+    "interventions", "beside_interventions",
 )  # fmt: skip
 
 

@@ -29,7 +29,6 @@ from layertap.errors import ExtractorUnsupportedError, LayertapError, ModelLoadE
 from layertap.extraction import Catalogue, LayerEntry, PlanBuilder, Taps, measure
 from layertap.extraction.containers import pick
 from layertap.extraction.kinds.registry import kind_of
-from layertap.extraction.kinds.torchscript import CHANNELS_LAST
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.points import CapturePoint, PointKind
 from layertap.extraction.samples import ordinary_batch
@@ -48,9 +47,8 @@ GROUP_BYTES = 3 << 30
 ORDER = (
     Entrant(Extractor.HOOK), Entrant(Extractor.FX), Entrant(Extractor.CHILDREN),
     Entrant(Extractor.LAYER_GETTER), Entrant(Extractor.TORCHSCRIPT),
-    Entrant(Extractor.TORCHSCRIPT, CHANNELS_LAST),
 )  # fmt: skip
-"""What is asked by default. EXPORT takes minutes for a model: see prove_export."""
+"""What is asked by default; see also prove_export and prove_channels_last."""
 
 
 @dataclass
@@ -272,8 +270,7 @@ def table(rows: Iterable[Row]) -> str:
 HEADER = """## Models of torchvision and timm
 
 Every layer of every model below, by every extractor that the catalogue says serves it, held
-against cloning hooks: bit for bit, TORCHSCRIPT within its tolerance, in the usual way and
-[with channels last](extraction.md#channels-last). All layers of a model are
+against cloning hooks: bit for bit, TORCHSCRIPT within its tolerance. All layers of a model are
 asked for in one request of two items, in several where their values are over 3 GiB. Random weights,
 the smallest of a few input sizes that the model takes. `make test-models` writes this section.
 

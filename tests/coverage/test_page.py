@@ -41,7 +41,7 @@ def test_a_section_takes_its_own_place(tmp_path: Path) -> None:
 def test_a_section_of_no_place_is_refused(tmp_path: Path) -> None:
     """An unknown section is an error, and nothing is written."""
     page = tmp_path / "coverage.md"
-    with pytest.raises(ValueError, match="expected one of models, export, zoo"):
+    with pytest.raises(ValueError, match="expected one of models, channels_last, export, zoo"):
         write_section(page, "other", "text")
     assert not page.exists()
 

@@ -170,7 +170,7 @@ class _Part(click.ParamType["tuple[int, int]"]):
     default="",
     metavar="NAME",
     help="How the program of the extractor is finished, such as channels_last; needs --extractor. "
-    "Default: the usual way, or with auto and at least 200 batches the fastest way.",
+    "Default: the usual way; with auto the fastest, if all passes take five minutes or more.",
 )
 @click.option(
     "--dtype",

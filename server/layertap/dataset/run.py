@@ -58,8 +58,11 @@ _SHARD_BYTES = 64 << 20
 _SHARD_ITEMS = 1 << 16
 _WORTH_COMPILING = 1000
 """Items from which it pays to wait for a compiled program."""
-_WORTH_MEASURING = 200
-"""Batches from which it pays to measure the variants of a program, on up to 20 batches for each."""
+_WORTH_MEASURING = 300
+"""Seconds of passes from which it pays to compile the variants of a program and to measure them.
+
+Compiling takes seconds, as for any program, and measuring at most 20 batches for each variant.
+"""
 _PROBED = 1000
 """Items of which one must succeed before the run starts."""
 
@@ -126,8 +129,9 @@ def extract(
             empty, it follows from the suffix of ``output``.
         extractor: The extractor of all passes. AUTO chooses one for the first batch, and all others
             take it; for more than 1,000 items it is the first that serves all layers, in the order
-            of `Extractor`, although it may have to be compiled. For at least 200 batches, the
-            variants of its program are then measured on the first batch, and the fastest is taken.
+            of `Extractor`, although it may have to be compiled. If its passes would
+            take five minutes or more, the variants of its program are measured on the first batch,
+            and the fastest is taken.
         objective: What requested gradients are the gradients of, such as ``"fc[281]"``; a `Runner`
             has its own.
         interventions: Changes of values while the model runs, all of one set; a `Runner` has its
@@ -398,9 +402,10 @@ class _Run:
         """Return how the program that served the first batch is finished for all batches."""
         variants = self.runner.describe().variants.get(first.extractor, ())
         batches = len(self.source) / self.batch_size
+        expected = batches * (first.timings.compute_ns or 0) / 1e9
         named = self.extractor is not Extractor.AUTO
         # Further passes of a stateful model would change what later ones see.
-        if named or not variants or batches < _WORTH_MEASURING or self._stateful():
+        if named or not variants or expected < _WORTH_MEASURING or self._stateful():
             return first.variant
 
         def seconds(variant: str) -> float:
