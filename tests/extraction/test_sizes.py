@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -247,6 +248,26 @@ def test_a_slow_model_runs_at_no_further_size(monkeypatch) -> None:
     _, catalogue = measured("inputnets:wave", (400,))
     assert ran == [1]
     assert words(catalogue, "second") == "[1?B, 4?, 98?]"
+
+
+@pytest.mark.parametrize(("held_up", "expected"), [({3}, "[B, 4, "), ({3, 4}, "[1?B, 4?, 98?]")])
+def test_a_pass_that_is_held_up_once_is_run_again(
+    monkeypatch: pytest.MonkeyPatch, held_up: set[int], expected: str
+) -> None:
+    """A machine that is busy for a moment does not cost the expressions; a slow model does."""
+    clock, ran, real = [0.0], [], sizes.survey_shapes
+
+    def survey(model, x, turn):
+        ran.append(x.key)
+        clock[0] += 10 * sizes.MAX_SECONDS if len(ran) in held_up else 0.0
+        return real(model, x, turn)
+
+    monkeypatch.setattr(sizes, "survey_shapes", survey)
+    monkeypatch.setattr(sizes, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    _, catalogue = measured("inputnets:wave", (400,))
+    assert ran[2] == ran[3]
+    assert words(catalogue, "second").startswith(expected)
+    assert ("?" in words(catalogue, "second")) == (len(held_up) > 1)
 
 
 def test_several_inputs_have_one_name_where_their_sizes_are_one() -> None:
