@@ -99,6 +99,7 @@ FULL = ModelDescription(
     passes=PassDescription(early_stop=True, concurrent=True, shared=True, state="reset"),
     notes=("it draws random numbers",),
     declared_layers=("layer1", "add:input"),
+    variants={Extractor.TORCHSCRIPT: ("channels_last", "another"), Extractor.EXPORT: ("third",)},
     fingerprint="0123abcd",
     refused_plans=(
         RefusedPlanDescription(
