@@ -123,8 +123,8 @@ def test_each_branch_has_the_variant(engine: Engine) -> None:
     }
 
 
-def test_a_refused_variant_says_so(engine: Engine) -> None:
-    """NaN is refused for it as for the usual way, and in its own name."""
+def test_a_variant_takes_no_nan(engine: Engine) -> None:
+    """It is refused as it is in the usual way."""
     x = torch.full((1, *ITEM), np.nan)
     with pytest.raises(errors.ExtractorUnsupportedError, match="TORCHSCRIPT can't serve an input"):
         asked(engine, "residual", "layer2", x, CHANNELS_LAST)

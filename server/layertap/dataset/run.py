@@ -216,6 +216,7 @@ def extract(
 def _check_variant(runner: Runner, extractor: Extractor, variant: str) -> None:
     known = runner.describe().variants.get(extractor, ())
     if variant and variant not in known:
+        # The model would refuse it, too, but as if the items were at fault.
         expected = ", ".join(map(repr, known)) or "none"
         raise InvalidInputError(
             f"variant: got {variant!r}, expected one of the extractor {extractor}: {expected}"
