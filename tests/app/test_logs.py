@@ -52,12 +52,14 @@ def engine() -> Iterator[Engine]:
     engine.close()
 
 
-def extract(engine: Engine, request_id: str, model: str, layer: str, batch: np.ndarray) -> str:
+def extract(
+    engine: Engine, request_id: str, model: str, layer: str, batch: np.ndarray, **how: Any
+) -> str:
     """Make one call of a real server with an access log; return the status's name."""
     server = FeatureServer(engine, ServerOptions(port=0), AccessLog())
     server.start()
     layers = [feature_service_pb2.LayerSelection(layer=layer)]
-    request = feature_service_pb2.ExtractRequest(model=model, layers=layers)
+    request = feature_service_pb2.ExtractRequest(model=model, layers=layers, **how)
     try:
         with grpc.insecure_channel(server.address) as channel:
             method = channel.unary_unary("/layertap.v1.FeatureService/Extract")
@@ -107,6 +109,18 @@ def test_the_level_is_for_layertap_alone() -> None:
     logging.getLogger("layertap.test").info("ours")
     logging.getLogger("another").info("theirs")
     assert [record["message"] for record in records(stream)] == ["ours"]
+
+
+def test_access_log_of_a_variant(engine: Engine) -> None:
+    """The record names it; without one there is no such field."""
+    stream = io.StringIO()
+    configure_logs("json", "info", stream)
+    how = {"extractor": "EXTRACTOR_TORCHSCRIPT"}
+    for variant in ("channels_last", ""):
+        assert extract(engine, "r", "residual", "conv1", BATCH, **how, variant=variant) == "OK"
+    named, usual = [each for each in records(stream) if each["logger"] == "layertap.access"]
+    assert (named["extractor"], named["variant"]) == ("torchscript", "channels_last")
+    assert "variant" not in usual
 
 
 def test_access_log_of_an_answer(engine: Engine) -> None:

@@ -122,6 +122,13 @@ def test_an_extraction_is_a_span_with_its_parts(traced: Traced) -> None:
     assert begun <= call.end_time + CLOCK_NS
 
 
+def test_a_variant_is_an_attribute(traced) -> None:
+    """Only the span of a request whose program was not finished in the usual way has it."""
+    named = {"extractor": "torchscript", "variant": "channels_last"}
+    traced.client.extract("residual", BATCH, "conv1", **named)
+    assert dict(attributes(traced.spans()[EXTRACT]))["layertap.variant"] == "channels_last"
+
+
 def test_the_callers_trace_is_continued(traced: Traced) -> None:
     """The Python client sends its current span, which becomes the parent of the server's."""
     callers = TracerProvider(shutdown_on_exit=False).get_tracer("test")
