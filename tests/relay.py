@@ -32,6 +32,7 @@ class Counting:
     def _pump(self, source: socket.socket, sink: socket.socket, counted: int) -> None:
         with contextlib.suppress(OSError), source, sink:
             while data := source.recv(1 << 16):
-                sink.sendall(data)
+                # Counted first, so that a caller who has its reply finds all of it counted.
                 self.received += counted * len(data)
+                sink.sendall(data)
             sink.shutdown(socket.SHUT_RDWR)
