@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -39,9 +40,12 @@ def ask(
     layers: str | Sequence[str | LayerSelection],
     x: Given,
     extractor: Extractor = Extractor.AUTO,
+    *,
+    variant: str = "",
 ) -> Features:
     """Extract, and read the message like a client."""
-    return Features(engine.extract(request_for(net, layers, x, extractor), Call()).payload)
+    request = replace(request_for(net, layers, x, extractor), variant=variant)
+    return Features(engine.extract(request, Call()).payload)
 
 
 def _view(name: str, value: np.ndarray | torch.Tensor) -> TensorView:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +14,14 @@ from PIL import Image
 import hfnets
 from layertap import Texts, load
 from layertap.dataset import extract
-from layertap.dataset.runners import Answer, LocalRunner, Runner, Worker
+from layertap.dataset.runners import Answer
 from layertap.dataset.shard import Output, ShardBuffer
 from layertap.dataset.sources import TextItems, gather
 from layertap.dataset.tasks import Task, Tasks
-from layertap.description import ModelDescription
 from layertap.errors import InvalidInputError, OverloadedError, UnavailableError
 from layertap.local import LocalModel
-from layertap.selection import Extractor, LayerSelection
+from layertap.selection import Extractor
+from watched_runner import WatchedRunner
 
 
 @pytest.fixture
@@ -95,56 +95,25 @@ def test_nothing_is_written_if_every_item_fails(
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
 
 
-class Unreliable(Runner):
+class Unreliable(WatchedRunner):
     """A model whose workers are refused now and then, as servers are."""
 
+    most_workers = 2
+
     def __init__(self, model: LocalModel, errors: Sequence[type[Exception]]) -> None:
-        self._real = LocalRunner(model)
+        super().__init__(model)
         self._errors = errors
         self._calls = 0
         self._lock = threading.Lock()
 
-    def describe(self) -> ModelDescription:
-        """Describe the model."""
-        return self._real.describe()
-
-    def fingerprint(self) -> str:
-        """Return the model's own."""
-        return self._real.fingerprint()
-
-    def workers(self) -> list[Worker]:
-        """Return two workers."""
-        [real, *_] = self._real.workers()
-        return [_Refused(self, real), _Refused(self, real)]
-
-    def error(self) -> type[Exception] | None:
+    def answer(self, ask_model: Callable[[], Answer], extractor: Extractor, variant: str) -> Answer:
+        """Refuse every other call from the fourth on."""
         with self._lock:
             self._calls += 1
-            if self._calls < 3 or self._calls % 2:
-                return None
-            return self._errors[self._calls // 2 % len(self._errors)]
-
-
-class _Refused(Worker):
-    name = "unreliable"
-
-    def __init__(self, runner: Unreliable, real: Worker) -> None:
-        self._runner = runner
-        self._real = real
-
-    def ask(
-        self,
-        given: object,
-        selections: Sequence[LayerSelection],
-        extractor: Extractor,
-        variant: str = "",
-    ) -> Answer:
-        if error := self._runner.error():
-            raise error("not now")
-        return self._real.ask(given, selections, extractor, variant)
-
-    def close(self) -> None:
-        pass
+            calls = self._calls
+        if calls < 3 or calls % 2:
+            return ask_model()
+        raise self._errors[calls // 2 % len(self._errors)]("not now")
 
 
 def test_an_overloaded_server_is_asked_again(model: LocalModel, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,12 +13,12 @@ import pytest
 from layertap.dataset import Outcome, extract
 from layertap.dataset.batches import Way
 from layertap.dataset.fastest import fastest_variant
-from layertap.dataset.runners import Answer, LocalRunner, Runner, Worker
-from layertap.description import ModelDescription
+from layertap.dataset.runners import Answer, Runner
 from layertap.errors import ExtractorUnsupportedError, InvalidInputError
 from layertap.local import LocalModel
-from layertap.selection import Extractor, LayerSelection
+from layertap.selection import Extractor
 from layertap.timings import Timings
+from watched_runner import WatchedRunner
 
 TORCHSCRIPT, HOOK, EXPORT = Extractor.TORCHSCRIPT, Extractor.HOOK, Extractor.EXPORT
 CHANNELS_LAST = "channels_last"
@@ -27,7 +27,7 @@ ITEMS = 1001
 a run takes five minutes."""
 
 
-class Timed(Runner):
+class Timed(WatchedRunner):
     """A real model whose answers say that a variant took a certain time.
 
     Args:
@@ -36,44 +36,16 @@ class Timed(Runner):
     """
 
     def __init__(self, model: LocalModel, took: Mapping[str, float]) -> None:
-        self._real = LocalRunner(model)
+        super().__init__(model)
         self.took = took
         self.asked: list[tuple[Extractor, str]] = []
 
-    def describe(self) -> ModelDescription:
-        """Describe the model."""
-        return self._real.describe()
-
-    def fingerprint(self) -> str:
-        """Return the model's own."""
-        return self._real.fingerprint()
-
-    def workers(self) -> list[Worker]:
-        """Return one worker."""
-        return [_Timed(self, self._real.workers()[0])]
-
-
-class _Timed(Worker):
-    name = "timed"
-
-    def __init__(self, runner: Timed, real: Worker) -> None:
-        self._runner, self._real = runner, real
-
-    def ask(
-        self,
-        given: object,
-        selections: Sequence[LayerSelection],
-        extractor: Extractor,
-        variant: str = "",
-    ) -> Answer:
-        self._runner.asked.append((extractor, variant))
-        if variant not in self._runner.took:
+    def answer(self, ask_model: Callable[[], Answer], extractor: Extractor, variant: str) -> Answer:
+        """Note what was named, and say how long it took."""
+        self.asked.append((extractor, variant))
+        if variant not in self.took:
             raise ExtractorUnsupportedError("its proof failed")
-        answer = self._real.ask(given, selections, extractor, variant)
-        return replace(answer, timings=Timings(compute_ns=int(self._runner.took[variant] * 1e9)))
-
-    def close(self) -> None:
-        pass
+        return replace(ask_model(), timings=Timings(compute_ns=int(self.took[variant] * 1e9)))
 
 
 @pytest.fixture(scope="module")

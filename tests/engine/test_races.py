@@ -432,6 +432,21 @@ def test_a_program_that_loses_is_dropped(engine: Engine, monkeypatch: pytest.Mon
 
 
 @with_variant
+def test_a_loser_that_requests_name_stays(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the next request that names it would wait until its program is made again."""
+    host = load(engine)
+    hurdled(host, monkeypatch, CHANNELS_LAST)
+    ask(engine, "residual", "layer2", batch(1), Extractor.TORCHSCRIPT, variant=CHANNELS_LAST)
+    (named,) = programs_of(host)
+    asked(engine, 1, RACE_AFTER)
+    (note,) = raced(engine)
+    assert "times as fast as TORCHSCRIPT with channels last (" in note
+    host._choice._promoter.close()
+    assert programs_of(host) == [named]
+    assert Entrant.of(named) == VARIANT
+
+
+@with_variant
 def test_a_variant_that_won_serves_after_a_restart(
     engine: Engine, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

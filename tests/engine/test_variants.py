@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,10 +10,10 @@ import torch
 
 import guardnets
 import tinynets
-from asking import request_for
+from asking import ask
 from kept import kept
-from layertap import Extractor, Features, errors
-from layertap.engine import Call, Engine
+from layertap import Extractor, errors
+from layertap.engine import Engine
 from layertap.engine.contest import Entrant
 from layertap.engine.describe import describe
 from layertap.extraction.kinds.torchscript import CHANNELS_LAST
@@ -36,19 +35,6 @@ def engine() -> Iterator[Engine]:
     engine.load(ModelSpec("guardnets:sign", item_shape=IMAGE))
     yield engine
     engine.close()
-
-
-def asked(
-    engine: Engine,
-    net: str,
-    layer: str,
-    x: torch.Tensor,
-    variant: str = "",
-    *,
-    extractor: Extractor = TORCHSCRIPT,
-) -> Features:
-    request = request_for(net, layer, x, extractor)
-    return Features(engine.extract(replace(request, variant=variant), Call()).payload)
 
 
 def plan_of(engine: Engine, net: str, entrant: Entrant) -> Plan:
@@ -79,7 +65,7 @@ def test_the_named_variant_serves(engine: Engine) -> None:
     x = torch.rand(3, *ITEM)
     expected = outputs_of(tinynets.residual(), x, "layer2")[0]
     for variant in ("", CHANNELS_LAST):
-        features = asked(engine, "residual", "layer2", x, variant)
+        features = ask(engine, "residual", "layer2", x, TORCHSCRIPT, variant=variant)
         assert (features.extractor, features.variant) == (TORCHSCRIPT, variant)
         torch.testing.assert_close(features.torch()["layer2"], expected, **TOLERANCE)
         plan = plan_of(engine, "residual", Entrant(TORCHSCRIPT, variant))
@@ -99,7 +85,7 @@ def test_a_variant_that_there_is_not_is_refused(
 ) -> None:
     """The error says what could have been named."""
     with pytest.raises(errors.InvalidInputError, match=message):
-        asked(engine, "residual", "layer2", torch.rand(1, *ITEM), variant, extractor=extractor)
+        ask(engine, "residual", "layer2", torch.rand(1, *ITEM), extractor, variant=variant)
 
 
 def test_the_description_lists_them(engine: Engine) -> None:
@@ -113,7 +99,7 @@ def test_each_branch_has_the_variant(engine: Engine) -> None:
     for sign in (1, -1, 1):
         x = sign * torch.rand(2, *IMAGE)
         for variant in (CHANNELS_LAST, ""):
-            features = asked(engine, "sign", "head", x, variant)
+            features = ask(engine, "sign", "head", x, TORCHSCRIPT, variant=variant)
             assert (features.extractor, features.variant) == (TORCHSCRIPT, variant)
             expected = outputs_of(guardnets.sign(), x, "head")[0]
             torch.testing.assert_close(features.torch()["head"], expected, **TOLERANCE)
@@ -127,4 +113,4 @@ def test_a_variant_takes_no_nan(engine: Engine) -> None:
     """It is refused as it is in the usual way."""
     x = torch.full((1, *ITEM), np.nan)
     with pytest.raises(errors.ExtractorUnsupportedError, match="TORCHSCRIPT can't serve an input"):
-        asked(engine, "residual", "layer2", x, CHANNELS_LAST)
+        ask(engine, "residual", "layer2", x, TORCHSCRIPT, variant=CHANNELS_LAST)

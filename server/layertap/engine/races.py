@@ -13,10 +13,10 @@ Note [Measured races]
     Each bucket of batch sizes has a race of its own: 1, 2, 3 and 4, 5 to 8, and so on. The
     description of the model tells the results, and the plan cache keeps them for the next start
     (see ``kept_races``). If a request names a further compiler after the race, its program takes
-    part in another one, RACE_AFTER requests later. A program that was finished in another way and
-    won no race is dropped, and one that failed its proof is not tried again. Nothing is raced where
-    a further pass could change later answers, as of a stateful model, and where a plan serves only
-    some outcomes of the model's looks.
+    part in another one, RACE_AFTER requests later. A program that was finished in another way for a
+    race is dropped if it wins none, and one that failed its proof is not tried again. Nothing is
+    raced where a further pass could change later answers, as of a stateful model, and where a plan
+    serves only some outcomes of the model's looks.
 """
 
 from __future__ import annotations

@@ -170,19 +170,35 @@ class Choice:
         A program that AUTO does not compile by itself, but that won a race, is only loaded.
         """
         if isinstance(key, Contest):
-            try:
-                yield from self._finish_variants(key)
-                yield from self.races.steps(key, noted, self._refused(key))
-            finally:
-                self._drop_losers(key)
+            yield from self._race(key, noted)
         elif kind_of(key.extractor).automatic or self._maker.is_stored(key):
             yield from self._maker.compile(key, noted)
 
-    def _finish_variants(self, contest: Contest) -> Iterator[None]:
-        """Compile a contest's program again for each other way to finish it, if there is room."""
-        for key in [each.key(contest.key) for each in contest.others if each.variant]:
-            if not self._plans.has_room() or self._plans.find(key) is not None:
+    def _race(self, contest: Contest, size: int) -> Iterator[None]:
+        """Run a race with its variants, and drop those programs that were made for it in vain.
+
+        A program that was there because a request has named it stays, even if it loses.
+        """
+        for_races = {each for each in self.races.winners(contest.key) if each.variant}
+        try:
+            yield from self._finish_variants(contest, for_races)
+            yield from self.races.steps(contest, size, self._refused(contest))
+        finally:
+            for loser in for_races - self.races.winners(contest.key):
+                self._plans.drop(loser.key(contest.key))
+
+    def _finish_variants(self, contest: Contest, made: set[Entrant]) -> Iterator[None]:
+        """Compile a contest's program again for each other way to finish it, if there is room.
+
+        Args:
+            contest: The contest.
+            made: Those that are compiled here are added to it.
+        """
+        for each in contest.others:
+            key = each.key(contest.key)
+            if not each.variant or self._plans.find(key) or not self._plans.has_room():
                 continue
+            made.add(each)
             try:
                 yield from self._maker.compile(key, None)
             except LayertapError as error:
@@ -191,10 +207,3 @@ class Choice:
     def _refused(self, contest: Contest) -> list[Entrant]:
         others = contest.others
         return [each for each in others if self._plans.is_refused(each.key(contest.key))]
-
-    def _drop_losers(self, contest: Contest) -> None:
-        """Drop the programs that were finished for a race only, and that have won none."""
-        winners = self.races.winners(contest.key)
-        for each in contest.others:
-            if each.variant and each not in winners:
-                self._plans.drop(each.key(contest.key))
