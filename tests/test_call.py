@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 import weakref
+from concurrent.futures import Future
 from functools import partial
 from threading import Event
 
 import pytest
 
-from layertap.call import Call
+from layertap.call import Call, result_in_time
 from layertap.errors import CancelledError, DeadlineExceededError
 
 
@@ -66,3 +67,43 @@ def test_the_earlier_deadline_counts() -> None:
     endless = Call()
     endless.limit(60.0)
     assert 50 < endless.remaining() <= 60
+
+
+class FailsAtTheDeadline(Future[None]):
+    """Has no result in time, and an error when its caller has noticed that."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self._error = error
+
+    def result(self, timeout: float | None = None) -> None:
+        """See Future."""
+        try:
+            super().result(timeout)
+        except TimeoutError:
+            self.set_exception(self._error)
+            raise
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), TimeoutError("x"), DeadlineExceededError("x")])
+def test_a_failure_after_the_deadline_is_a_deadline(error: Exception) -> None:
+    """The caller gets the error of the deadline, not the one by which Python ends a wait."""
+    with pytest.raises(DeadlineExceededError, match="too late"):
+        result_in_time(FailsAtTheDeadline(error), Call(timeout=0), "too late")
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), TimeoutError("x")])
+def test_a_failure_in_time_is_passed_on(error: Exception) -> None:
+    """Even if it is a TimeoutError, and even at the deadline."""
+    future: Future[None] = Future()
+    future.set_exception(error)
+    for timeout in (0, 30):
+        with pytest.raises(type(error), match="x"):
+            result_in_time(future, Call(timeout=timeout), "too late")
+
+
+def test_a_result_in_time() -> None:
+    """It is returned."""
+    future: Future[int] = Future()
+    future.set_result(3)
+    assert result_in_time(future, Call(timeout=0), "too late") == 3

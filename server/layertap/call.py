@@ -5,11 +5,15 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from types import TracebackType
+from typing import TypeVar
 
 from layertap.errors import CancelledError, DeadlineExceededError, LayertapError
 
-__all__ = ["AbandonedError", "Call", "abandoning"]
+__all__ = ["AbandonedError", "Call", "abandoning", "result_in_time"]
+
+R = TypeVar("R")
 
 
 class Call:
@@ -124,3 +128,27 @@ def abandoning(calls: Sequence[Call]) -> Callable[[], None]:
         raise AbandonedError(reason)
 
     return check
+
+
+def result_in_time(future: Future[R], call: Call, late: str) -> R:
+    """Wait for a future's result, at most until the deadline of a call.
+
+    Args:
+        future: What is waited for.
+        call: The call that waits. Its cancellation is not noticed here.
+        late: The message of the error at the deadline.
+
+    Raises:
+        DeadlineExceededError: If there is no result by then.
+    """
+    try:
+        return future.result(timeout=call.remaining())
+    except TimeoutError as error:
+        # It may have failed with any error since the wait ended, and the error at which it failed
+        # may be a TimeoutError itself.
+        if future.done() and not future.cancelled() and future.exception() is error:
+            raise
+        raise DeadlineExceededError(late) from None
+    finally:
+        # An error of the future refers to this frame, and the future refers to the error.
+        del future

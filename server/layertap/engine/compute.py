@@ -29,22 +29,19 @@ from weakref import WeakSet
 import torch
 
 from layertap.batching import ALONE, BatchPolicy, BatchQueue, ClosedError
-from layertap.call import Call
+from layertap.call import Call, result_in_time
 from layertap.engine.admission import Reservation
 from layertap.engine.intra_op import intra_op_cores, set_intra_op, start_team
 from layertap.engine.lost_device import loss_of
-from layertap.errors import (
-    CancelledError,
-    DeadlineExceededError,
-    LayertapError,
-    UnavailableError,
-)
+from layertap.errors import CancelledError, LayertapError, UnavailableError
 from layertap.extraction.gate import forward_passes
 from layertap.threads import require_threads
 
 __all__ = ["ComputeThreads", "Part"]
 
 _log = logging.getLogger(__name__)
+
+_LATE = "the deadline passed before the answer was ready"
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -96,14 +93,6 @@ class _Job(Generic[T, R]):
             self.future.set_exception(error.with_traceback(None))
             return False
         return True
-
-
-def _failed(jobs: Sequence[_Job[Any, Any]]) -> bool:
-    """Return whether some job has ended with an error of its own."""
-    return any(
-        job.future.done() and not job.future.cancelled() and job.future.exception() is not None
-        for job in jobs
-    )
 
 
 def _unpin(reservations: Sequence[Reservation], done: Future[Any]) -> None:
@@ -234,14 +223,10 @@ class ComputeThreads:
             with call.cancelling(partial(self._forget_all, jobs)):
                 # Not a comprehension: an error would refer to its frame, which nothing clears.
                 for job in jobs:
-                    results.append(job.future.result(timeout=call.remaining()))  # noqa: PERF401
+                    results.append(result_in_time(job.future, call, _LATE))  # noqa: PERF401
             return results
         except FutureCancelledError:
             raise CancelledError("the client cancelled the call or disconnected") from None
-        except TimeoutError:
-            if _failed(jobs):
-                raise
-            raise DeadlineExceededError("the deadline passed before the answer was ready") from None
         finally:
             self._forget_all(jobs)
             # An error of a job refers to this frame, and the job refers to the error. Deleting

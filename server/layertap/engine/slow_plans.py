@@ -15,8 +15,8 @@ from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
-from layertap.call import Call
-from layertap.errors import CancelledError, DeadlineExceededError, LayertapError, UnavailableError
+from layertap.call import Call, result_in_time
+from layertap.errors import CancelledError, LayertapError, UnavailableError
 from layertap.threads import start_thread
 
 __all__ = ["SlowPlans"]
@@ -72,14 +72,12 @@ class SlowPlans(Generic[K]):
         building.add_done_callback(lambda done: _pass_on(done, mine))
         try:
             with call.cancelling(mine.cancel):
-                mine.result(timeout=call.remaining())
+                late = "the deadline passed while the layer set was compiled, which goes on"
+                result_in_time(mine, call, late)
         except FutureCancelledError:
             raise CancelledError("the client cancelled the call or disconnected") from None
-        except TimeoutError:
+        finally:
             mine.cancel()
-            raise DeadlineExceededError(
-                "the deadline passed while the layer set was compiled, which goes on"
-            ) from None
 
     def close(self) -> None:
         """Give up what is being built, refuse what waits, and end the thread."""
