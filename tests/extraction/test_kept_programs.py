@@ -14,16 +14,18 @@ from torch import nn
 
 from batches import batch_for, key_for
 from layertap.engine import Engine
-from layertap.extraction import CapturePoint, PlanBuilder, PointKind, Taps, measure
+from layertap.extraction import CapturePoint, PlanBuilder, PointKind, Taps, measure, plan_builder
+from layertap.extraction.base import Values
 from layertap.extraction.kinds import torchscript
 from layertap.extraction.kinds.torchscript import CHANNELS_LAST
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.plan import Plan
 from layertap.extraction.plan_cache import PlanCache
 from layertap.extraction.proof import collect
+from layertap.extraction.prover import Prover
 from layertap.extraction.script_parts import part_of
 from layertap.extraction.verify import COMPILED_TOLERANCE, difference
-from layertap.models import LoadedModel, ModelSpec
+from layertap.models import Batch, LoadedModel, ModelSpec
 from layertap.selection import Capture, Extractor, LayerSelection
 from oracle import outputs_of
 from tinynets import ITEM, residual
@@ -191,6 +193,30 @@ def test_one_program_serves_all_declared_sets(load_net, starts: Starts) -> None:
     model = load_net("residual")
     check(model, starts.build(model, SETS))
     assert (starts.traced, starts.files(".plan.pt"), starts.files(".proof")) == (0, 1, 4)
+
+
+def test_the_model_runs_once_for_the_proofs_of_all_declared_sets(
+    load_net, starts: Starts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part is compared on the same batches as the whole, with the same reference values."""
+    batches: list[Batch] = []
+    compared: list[tuple[int, int]] = []
+    truth, prove = Prover.truth, plan_builder.prove
+
+    def noted_truth(self: Prover, pass_spec: PassSpec, x: Batch) -> Values:
+        batches.append(x)
+        return truth(self, pass_spec, x)
+
+    def noted_prove(kind: Any, built: Any, points: Any, x: Batch, reference: Values) -> None:
+        compared.append((len(points), x.size))
+        prove(kind, built, points, x, reference)
+
+    monkeypatch.setattr(Prover, "truth", noted_truth)
+    monkeypatch.setattr(plan_builder, "prove", noted_prove)
+    check(load_net("residual"), starts.build(load_net("residual"), SETS))
+    sizes = [x.size for x in batches]
+    assert sorted(sizes) == [1, 1, 2, 3]
+    assert compared == [(len(each.points), size) for each in SETS for size in sizes]
 
 
 def test_a_layer_that_is_declared_alone_later_has_a_program_of_its_own(

@@ -7,14 +7,15 @@ Note [Programs for fewer layers]
     layer: of resnet50 with ``layer2``, ``layer4`` and ``avgpool``, one file of 94 MB instead of
     files of 287 MB, which a restart would read.
 
-    A part is proven like any other program. If it fails, the layer gets a program of its own, with
+    A part is proven like any other program, but the model need not run again: the proof for all of
+    the layers had the same batches. If the proof fails, the layer gets a program of its own, with
     a file, which comes first at the next start.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,16 +44,14 @@ class _Wider:
         built: The program, finished.
         portable: Whether it may be tried at other sizes of the inputs.
         stored: Its file; None if nothing is stored.
-        x: A batch.
-        values: The reference values for that batch, in the order of the points.
+        cases: The batches of its proof, each with the reference values in the order of the points.
     """
 
     pass_spec: PassSpec
     built: BuiltExtractor
     portable: bool
     stored: PlanFile | None
-    x: Batch
-    values: Values
+    cases: Sequence[tuple[Batch, Values]]
 
 
 class Part(NamedTuple):
@@ -137,15 +136,16 @@ class KeptPrograms:
             stored.is_part(wider.stored, indexes)
         return Part(part, wider.portable)
 
-    def reference(
-        self, kind: CompiledKind[Any], pass_spec: PassSpec, x: Batch
-    ) -> tuple[Batch, Values] | None:
-        """Return a batch of that size and the reference values, if they are known already."""
+    def reference(self, kind: CompiledKind[Any], pass_spec: PassSpec, x: Batch) -> Values | None:
+        """Return the reference values for a batch if the proof for more layers had that batch."""
         wider = self._wider_for(kind, pass_spec, x.key)
-        if wider is None or wider.x.size != x.size:
+        if wider is None:
             return None
         points = wider.pass_spec.points
-        return wider.x, [wider.values[points.index(point)] for point in pass_spec.points]
+        for batch, values in wider.cases:
+            if batch.equals(x):
+                return [values[points.index(point)] for point in pass_spec.points]
+        return None
 
     def offer(
         self,
@@ -153,7 +153,7 @@ class KeptPrograms:
         pass_spec: PassSpec,
         built: BuiltExtractor,
         stored: PlanFile | None,
-        case: tuple[Batch, Values],
+        cases: Sequence[tuple[Batch, Values]],
         *,
         portable: bool,
     ) -> None:
@@ -164,14 +164,13 @@ class KeptPrograms:
             pass_spec: What it captures.
             built: The program, finished.
             stored: Its file; None if nothing is stored.
-            case: A batch, and the reference values for it.
+            cases: The batches of its proof, all with one key, and the reference values for each.
             portable: Whether it may be tried at other sizes of the inputs.
         """
         several = len(pass_spec.points) > 1 and not pass_spec.sites and not pass_spec.objective
         if self._wider is not None and several:
-            x, values = case
-            key = (kind.id, x.key)
-            self._wider.setdefault(key, _Wider(pass_spec, built, portable, stored, x, values))
+            key = (kind.id, cases[0][0].key)
+            self._wider.setdefault(key, _Wider(pass_spec, built, portable, stored, cases))
 
     def _wider_for(
         self, kind: CompiledKind[Any], pass_spec: PassSpec, batch_key: BatchKey

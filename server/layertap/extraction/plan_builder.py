@@ -326,11 +326,12 @@ class PlanBuilder:
     ) -> Generator[Plan | Pause | None, None, None]:
         """Build a plan for items on which no looks are known, and prove it in full."""
         pass_spec, batch_key, points = key.pass_spec, key.batch_key, key.pass_spec.points
+        truth = partial(self._truth, kind, pass_spec)
         batches = [ordinary_batch(self._model, size, batch_key) for size in (1, 2)]
         reference = []
         for x in batches:
             try:
-                reference.append(self.prover.truth(pass_spec, x))
+                reference.append(truth(x))
             except ExtractorUnsupportedError:
                 if not isinstance(kind, ReferenceKind):
                     raise
@@ -345,7 +346,7 @@ class PlanBuilder:
         cases = list(zip(batches, reference, strict=True))
         proof = _Proof(kind, pass_spec, cases, variant=key.variant)
         if not kind.reference:
-            proof.cases.extend(self.prover.reaching_cases(kind, pass_spec, batch_key))
+            proof.cases.extend(self.prover.reaching_cases(kind, batch_key, truth))
             yield None
         if isinstance(kind, CompiledKind):
             built = yield from self._compiled(kind, proof, keep=keep)
@@ -377,9 +378,7 @@ class PlanBuilder:
             return None
         yield None
         try:
-            known = self.kept.reference(kind, key.pass_spec, x)
-            case = known or (x, self.prover.truth(key.pass_spec, x))
-            proof = _Proof(kind, key.pass_spec, [case])
+            proof = _Proof(kind, key.pass_spec, [(x, self._truth(kind, key.pass_spec, x))])
             built = yield from self._warm(candidate, proof, apart=False)
         except (ExtractorUnsupportedError, InvalidInputError) as error:
             _log.warning("model %s: a kept proof no longer holds: %s", self._model.name, error)
@@ -388,6 +387,13 @@ class PlanBuilder:
         self._share(candidate, built, proof, stored)
         specs = tuple(self._catalogue.specs[point] for point in points)
         return Plan(kind, key.pass_spec, key.batch_key, specs, built, Findings(sizes))
+
+    def _truth(self, kind: AnyKind, pass_spec: PassSpec, x: Batch) -> Values:
+        """Return the reference values for a batch, of an earlier proof if there is one."""
+        known = None
+        if isinstance(kind, CompiledKind):
+            known = self.kept.reference(kind, pass_spec, x)
+        return known or self.prover.truth(pass_spec, x)
 
     def predicted(self, pass_spec: PassSpec, batch_key: BatchKey) -> Plan | None:
         """Return a plan of the reference kind without running the model; None if that can't be.
@@ -571,8 +577,7 @@ class PlanBuilder:
         """Let a proven program be tried at other sizes, and parts be made of it."""
         kind, portable = candidate.kind, candidate.portable
         if not proof.outcome and not proof.variant:
-            case = proof.cases[0]
-            self.kept.offer(kind, proof.pass_spec, built, stored, case, portable=portable)
+            self.kept.offer(kind, proof.pass_spec, built, stored, proof.cases, portable=portable)
         if portable:
             self._portable[built] = _Purpose.of(kind, proof)
             if candidate.unsafe:

@@ -11,7 +11,7 @@ Note [Each batch size is proven]
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -118,13 +118,21 @@ class Prover:
         )
 
     def reaching_cases(
-        self, kind: ExtractorKind, pass_spec: PassSpec, batch_key: BatchKey
+        self,
+        kind: ExtractorKind,
+        batch_key: BatchKey,
+        truth: Callable[[Batch], Values],
     ) -> list[tuple[Batch, Values]]:
         """Return batches of unusual input that the model takes, each with its reference values.
 
         See Note [Samples that reach]. A kind that takes only finite input is never given NaN or
         infinity (see ``engine.pipeline``), so its batches hold none. They also hold no items of
         several magnitudes, as its tolerance would hide errors in the small ones.
+
+        Args:
+            kind: The kind of the plan that is to be proven.
+            batch_key: The key of the batches.
+            truth: Returns the reference values for a batch, as ``truth`` of this class does.
         """
         batches = [wide_batch(self._model, 3, batch_key), bytes_batch(self._model, batch_key)]
         if not kind.finite_only or not self._model.signature.has_floats:
@@ -134,7 +142,7 @@ class Prover:
             if x is None:
                 continue
             try:
-                values = self.truth(pass_spec, x)
+                values = truth(x)
             except (InvalidInputError, ExtractorUnsupportedError):
                 continue  # A model may refuse such input, or not run every layer on it.
             # Rounding may decide where the square root of noise is NaN.
@@ -164,7 +172,7 @@ class Prover:
                 if len(found) >= ENOUGH and {1, 2, 3} <= {case.size for case, _ in found}:
                     break
                 case = self._case(kind, key, x)
-                if case is not None and not any(_equal(x, other) for other, _ in found):
+                if case is not None and not any(x.equals(other) for other, _ in found):
                     found.append(case)
                 yield
             if example is not None or not found:
@@ -451,10 +459,6 @@ class Prover:
 
 def _negated(tensor: torch.Tensor) -> torch.Tensor:
     return -tensor if tensor.is_floating_point() else tensor
-
-
-def _equal(x: Batch, y: Batch) -> bool:
-    return x.key == y.key and all(torch.equal(x[name], y[name]) for name in x)
 
 
 def _advice(pass_spec: PassSpec) -> str:

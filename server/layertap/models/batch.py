@@ -122,6 +122,10 @@ class Batch(Mapping[str, torch.Tensor]):
             )
         )
 
+    def equals(self, other: Batch) -> bool:
+        """Return whether another batch has the same tensors with the same elements, none NaN."""
+        return self.key == other.key and all(torch.equal(self[name], other[name]) for name in self)
+
     @property
     def nbytes(self) -> int:
         """Return the size of all tensors in bytes."""
