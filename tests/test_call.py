@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from concurrent.futures import CancelledError as FutureCancelledError
 from concurrent.futures import Future
 from functools import partial
 from threading import Event
@@ -92,14 +93,22 @@ def test_a_failure_after_the_deadline_is_a_deadline(error: Exception) -> None:
         result_in_time(FailsAtTheDeadline(error), Call(timeout=0), "too late")
 
 
-@pytest.mark.parametrize("error", [KeyError("x"), TimeoutError("x")])
+@pytest.mark.parametrize("error", [KeyError("x"), TimeoutError("x"), FutureCancelledError("x")])
 def test_a_failure_in_time_is_passed_on(error: Exception) -> None:
-    """Even if it is a TimeoutError, and even at the deadline."""
+    """Even if it has the type of an error of the wait, and even at the deadline."""
     future: Future[None] = Future()
     future.set_exception(error)
     for timeout in (0, 30):
         with pytest.raises(type(error), match="x"):
             result_in_time(future, Call(timeout=timeout), "too late")
+
+
+def test_a_future_that_was_cancelled_has_no_caller() -> None:
+    """Whatever the deadline."""
+    future: Future[None] = Future()
+    future.cancel()
+    with pytest.raises(CancelledError, match="cancelled the call or disconnected"):
+        result_in_time(future, Call(timeout=0), "too late")
 
 
 def test_a_result_in_time() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError as FutureCancelledError
 from concurrent.futures import Future
 from types import TracebackType
 from typing import TypeVar
@@ -14,6 +15,8 @@ from layertap.errors import CancelledError, DeadlineExceededError, LayertapError
 __all__ = ["AbandonedError", "Call", "abandoning", "result_in_time"]
 
 R = TypeVar("R")
+
+_LEFT = "the client cancelled the call or disconnected"
 
 
 class Call:
@@ -62,7 +65,7 @@ class Call:
     def check(self) -> None:
         """Raise CancelledError or DeadlineExceededError if the caller no longer waits."""
         if self._cancelled:
-            raise CancelledError("the client cancelled the call or disconnected")
+            raise CancelledError(_LEFT)
         if self.remaining() == 0.0:
             raise DeadlineExceededError("the deadline passed while the request was queued")
 
@@ -134,18 +137,23 @@ def result_in_time(future: Future[R], call: Call, late: str) -> R:
     """Wait for a future's result, at most until the deadline of a call.
 
     Args:
-        future: What is waited for.
-        call: The call that waits. Its cancellation is not noticed here.
+        future: What is waited for. Whoever cancels it does so because the caller has left.
+        call: The call that waits.
         late: The message of the error at the deadline.
 
     Raises:
         DeadlineExceededError: If there is no result by then.
+        CancelledError: If the future was cancelled.
+        Exception: The error at which the future failed, whatever its type.
     """
     try:
         return future.result(timeout=call.remaining())
+    except FutureCancelledError:
+        if not future.cancelled():
+            raise
+        raise CancelledError(_LEFT) from None
     except TimeoutError as error:
-        # It may have failed with any error since the wait ended, and the error at which it failed
-        # may be a TimeoutError itself.
+        # Since the wait ended, the future may have failed, with another error.
         if future.done() and not future.cancelled() and future.exception() is error:
             raise
         raise DeadlineExceededError(late) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError as FutureCancelledError
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -55,8 +56,9 @@ def test_jobs_share_one_thread_and_run_without_gradients(compute) -> None:
 
 
 def test_what_a_job_raises_reaches_its_caller(compute) -> None:
-    """An exception reaches the caller, even a TimeoutError of the job itself."""
-    for error in (KeyError("x"), TimeoutError("the job's own")):
+    """An exception reaches the caller, even one with the type of an error of waiting."""
+    own = "the job's own"
+    for error in (KeyError("x"), TimeoutError(own), FutureCancelledError(own)):
 
         def fail(error: Exception = error) -> None:
             raise error

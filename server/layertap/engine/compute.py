@@ -18,7 +18,6 @@ import atexit
 import logging
 import threading
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from concurrent.futures import CancelledError as FutureCancelledError
 from concurrent.futures import Future
 from contextvars import copy_context
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from layertap.call import Call, result_in_time
 from layertap.engine.admission import Reservation
 from layertap.engine.intra_op import intra_op_cores, set_intra_op, start_team
 from layertap.engine.lost_device import loss_of
-from layertap.errors import CancelledError, LayertapError, UnavailableError
+from layertap.errors import LayertapError, UnavailableError
 from layertap.extraction.gate import forward_passes
 from layertap.threads import require_threads
 
@@ -225,8 +224,6 @@ class ComputeThreads:
                 for job in jobs:
                     results.append(result_in_time(job.future, call, _LATE))  # noqa: PERF401
             return results
-        except FutureCancelledError:
-            raise CancelledError("the client cancelled the call or disconnected") from None
         finally:
             self._forget_all(jobs)
             # An error of a job refers to this frame, and the job refers to the error. Deleting

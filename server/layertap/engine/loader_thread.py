@@ -55,4 +55,6 @@ def run_in_loader_thread(job: Callable[[], T], call: Call) -> T:
         with call.cancelling(done.cancel):
             return done.result()
     except FutureCancelledError:
+        if not done.cancelled():
+            raise  # It is the job's own.
         raise CancelledError("the load was cancelled") from None

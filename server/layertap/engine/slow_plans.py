@@ -10,13 +10,12 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError as FutureCancelledError
 from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
 from layertap.call import Call, result_in_time
-from layertap.errors import CancelledError, LayertapError, UnavailableError
+from layertap.errors import LayertapError, UnavailableError
 from layertap.threads import start_thread
 
 __all__ = ["SlowPlans"]
@@ -74,8 +73,6 @@ class SlowPlans(Generic[K]):
             with call.cancelling(mine.cancel):
                 late = "the deadline passed while the layer set was compiled, which goes on"
                 result_in_time(mine, call, late)
-        except FutureCancelledError:
-            raise CancelledError("the client cancelled the call or disconnected") from None
         finally:
             mine.cancel()
 
