@@ -290,16 +290,22 @@ def _largest_change(tensor: torch.Tensor, spec: ValueSpec) -> list[int]:
     if axis is None or tensor.ndim != len(spec.dims) or tensor.shape[axis[0]] != 2:
         return []
     first, second = tensor.unbind(axis[0])
-    change = (second.double() - first.double()).abs()
-    if not change.isfinite().all() or not change.any():
+    # Not in double precision: of a large value, that takes ten times as long. The difference of two
+    # floats that are close to each other is exact, and torch adds in cascades.
+    precision = torch.float64 if tensor.dtype is torch.float64 else torch.float32
+    sums = _sums_along((second.to(precision) - first.to(precision)).abs_())
+    if not sums[0].isfinite().all() or not sums[0].any():
         return []
-    rest = range(change.ndim)
-    return [
-        int(change.sum([other for other in rest if other != own]).argmax())
-        if change.ndim > 1
-        else int(change.argmax())
-        for own in rest
-    ]
+    return [int(each.argmax()) for each in sums]
+
+
+def _sums_along(change: torch.Tensor) -> list[torch.Tensor]:
+    """Return for each dimension the sums over all others."""
+    sums = []
+    while change.ndim > 1:
+        sums.append(change.sum(tuple(range(change.ndim - 1))))
+        change = change.sum(-1)
+    return [change, *reversed(sums)]
 
 
 def _is_plain(spec: ValueSpec) -> bool:
