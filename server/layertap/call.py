@@ -137,7 +137,7 @@ def result_in_time(future: Future[R], call: Call, late: str) -> R:
     """Wait for a future's result, at most until the deadline of a call.
 
     Args:
-        future: What is waited for. Whoever cancels it does so because the caller has left.
+        future: The future. It is cancelled if the caller has left, and for no other reason.
         call: The call that waits.
         late: The message of the error at the deadline.
 
