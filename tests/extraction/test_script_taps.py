@@ -119,3 +119,39 @@ def test_walks_end_where_a_program_does_more(tmp_path: Path) -> None:
     )
     assert Extractor.CHILDREN in first
     assert Extractor.CHILDREN not in second
+
+
+class HoldsOneTwice(nn.Module):
+    """Calls a program itself, and calls another program that calls the first one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.program = torch.jit.script(nn.Sequential(nn.Conv2d(3, 3, 1), nn.Tanh()))
+        self.outer = torch.jit.script(nn.Sequential(self.program, nn.ReLU()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.outer(self.program(x))
+
+
+def holds_one_twice() -> nn.Module:
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return HoldsOneTwice()
+
+
+def test_a_program_inside_another_is_found_at_its_first_path() -> None:
+    """Its second call belongs to the same layer as its first one, as that of any module does."""
+    model = load_model(ModelSpec(f"{__name__}:holds_one_twice", item_shape=ITEM))
+    assert {"program", "program_1", "program.1", "program.1_1", "outer.1"} <= {
+        entry.name for entry in measure(model)
+    }
+    net, x = holds_one_twice().eval(), torch.randn(3, *ITEM)
+    points = [point("program"), point("program", call=1), point("outer.1")]
+    plan = PlanBuilder(model, Taps(model.module), measure(model)).build(
+        Extractor.HOOK, PassSpec(tuple(points)), model.signature.key
+    )
+    first = net.program(x)
+    values = collect(plan.built, points, batch_for(plan, x))
+    for value, right in zip(values, (first, net.program(first), net(x)), strict=True):
+        assert same(value, right)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from layertap.extraction.state import Snapshot, Watch
+from layertap.extraction.state import Snapshot, Watch, walk
 from layertap.extraction.symbolic import as_it_was
 from layertap.extraction.writes import each_line
 from layertap.models import ModelSpec, load_model
@@ -141,6 +141,48 @@ def test_settling_keeps_the_copies_of_what_passes_write() -> None:
         net[0].weight.add_(1)
         assert [change.path for change in snapshot.changes()] == ["0.weight"]
         assert snapshot.changes()[0].reason
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda weight: weight.add_(1),
+        lambda weight: weight.data.add_(1),
+        lambda weight: setattr(weight, "data", weight.data + 1),
+    ],
+    ids=["counted", "uncounted", "other memory"],
+)
+def test_each_write_to_large_weights_is_seen(
+    write: Callable[[torch.Tensor], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have no copy, so a write can't be undone; it is reported once."""
+    monkeypatch.setattr(walk, "PARAMETER_BYTES", 16)
+    with torch.inference_mode(False), torch.no_grad():
+        net = holder()
+        snapshot = Snapshot(net)
+        assert snapshot.deep_changes() == []
+        for _ in range(2):
+            write(net[0].weight)
+            (change,) = snapshot.deep_changes()
+            assert (change.path, change.reason) == ("0.weight", "no copy of this tensor was kept")
+            now = net[0].weight.clone()
+            snapshot.deep_restore()
+            assert snapshot.deep_changes() == []
+            assert torch.equal(net[0].weight, now)
+
+
+def test_a_write_to_a_buffer_beside_large_weights_is_undone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Buffers are small, so they are copied in any case."""
+    monkeypatch.setattr(walk, "PARAMETER_BYTES", 16)
+    with torch.inference_mode(False), torch.no_grad():
+        net = holder()
+        snapshot = Snapshot(net)
+        net.buffer.data.add_(1)
+        assert {change.reason for change in snapshot.deep_changes()} == {""}
+        snapshot.deep_restore()
+        assert torch.equal(net.buffer, torch.zeros(3))
 
 
 def test_a_watch_sees_what_is_taken_back_between_two_lines() -> None:

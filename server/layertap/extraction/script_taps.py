@@ -14,12 +14,13 @@ Note [Programs inside a model]
     An eager model may have TorchScript programs as submodules. Python calls a program, so ordinary
     hooks see the call. They tell the watcher the program's path in the model, so that the operators
     inside can be located. If a program is entered in another way, such as by a method other than
-    ``forward``, its path is unknown and nothing is reported.
+    ``forward``, its path is unknown and nothing is reported. A program that a model holds at
+    several paths is reported at the first one, as any module is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -33,7 +34,15 @@ from torch.jit import ScriptModule
 from layertap.extraction.points import ValueObserver
 from layertap.selection import Capture
 
-__all__ = ["begin_program", "end_program", "instrument", "programs", "watch", "writes_attributes"]
+__all__ = [
+    "begin_program",
+    "end_program",
+    "instrument",
+    "other_paths",
+    "programs",
+    "watch",
+    "writes_attributes",
+]
 
 _watcher: ContextVar[_Watcher | None] = ContextVar("layertap_watcher", default=None)
 _instrumented: WeakSet[ScriptModule] = WeakSet()
@@ -42,8 +51,9 @@ _instrumented: WeakSet[ScriptModule] = WeakSet()
 class _Watcher:
     """Turns the operators' reports of one forward pass into an observer's events."""
 
-    def __init__(self, observer: ValueObserver) -> None:
+    def __init__(self, observer: ValueObserver, first_paths: Mapping[str, str]) -> None:
         self._observer = observer
+        self._first_paths = first_paths
         # A path is None if the path of its program is not known.
         self._paths: list[str | None] = []
         self._outside: list[list[str | None]] = []
@@ -77,6 +87,7 @@ class _Watcher:
         arguments, self._arguments = self._arguments, []
         parent = self._paths[-1] if self._paths else None
         path = None if parent is None else f"{parent}.{name}" if parent else name
+        path = self._first_paths.get(path, path) if path else path
         self._paths.append(path)
         value = arguments[0] if len(arguments) == 1 else tuple(arguments)
         if path is not None:
@@ -90,9 +101,14 @@ class _Watcher:
 
 
 @contextmanager
-def watch(observer: ValueObserver) -> Iterator[None]:
-    """Report the calls of instrumented programs that run inside the block, on this thread."""
-    watcher = _Watcher(observer)
+def watch(observer: ValueObserver, first_paths: Mapping[str, str]) -> Iterator[None]:
+    """Report the calls of instrumented programs that run inside the block, on this thread.
+
+    Args:
+        observer: Is called for each.
+        first_paths: See ``other_paths``.
+    """
+    watcher = _Watcher(observer, first_paths)
     token = _watcher.set(watcher)
     try:
         yield
@@ -131,6 +147,16 @@ def programs(module: nn.Module) -> dict[str, ScriptModule]:
         if isinstance(submodule, ScriptModule) and not inside:
             found[path] = submodule
     return found
+
+
+def other_paths(module: nn.Module) -> dict[str, str]:
+    """Map each path at which a model holds a module once more to that module's first path."""
+    first: dict[nn.Module, str] = {}
+    others: dict[str, str] = {}
+    for path, submodule in module.named_modules(remove_duplicate=False):
+        if first.setdefault(submodule, path) != path:
+            others[path] = first[submodule]
+    return others
 
 
 def instrument(module: ScriptModule) -> None:

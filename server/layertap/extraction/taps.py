@@ -38,6 +38,7 @@ from layertap.extraction.script_taps import (
     begin_program,
     end_program,
     instrument,
+    other_paths,
     programs,
     watch,
 )
@@ -224,6 +225,7 @@ class Taps:
         self._lock = threading.Lock()
         self._running: _Session | None = None
         self._in_programs: set[str] = set()
+        self._first_paths = other_paths(module)
         for path, program in programs(module).items():
             instrument(program)
             inside = (name for name, _ in program.named_modules())
@@ -288,7 +290,7 @@ class Taps:
         token = _session.set(session)
         self._running = session if own_threads else None
         try:
-            with watch(session.see):
+            with watch(session.see, self._first_paths):
                 session.returned(forward(x))
         except StopForward:
             pass
@@ -334,7 +336,7 @@ def observe(module: nn.Module, observer: ValueObserver) -> Iterator[None]:
         elif not isinstance(submodule, torch.jit.ScriptModule):
             handles.extend(_hook(submodule, side, see) for side in (Capture.INPUT, Capture.OUTPUT))
     try:
-        with watch(observer) if found else nullcontext():
+        with watch(observer, other_paths(module)) if found else nullcontext():
             yield
     finally:
         for handle in handles:

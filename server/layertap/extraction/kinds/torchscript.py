@@ -14,6 +14,10 @@ Note [A compilation unit of its own]
     compilation unit, which is freed with the program. So the traced program is saved to memory
     without its weights, loaded again, given its weights back, and then frozen.
 
+    The functions of the trace itself would stay as well: 8 MiB for each trace of all layers of a
+    ResNet-50, 170 MiB for those of an EfficientNetV2-L. Nothing runs them once the program was
+    saved, so their graphs are emptied, which frees three quarters of that (torch 2.14).
+
 Note [Programs run without profiling]
     torch's executor records the types of a program's tensors in its first run, and optimises for
     these types in the second, mostly by fusing operations. For the CPU, torch's packages fuse
@@ -108,6 +112,7 @@ def trace_taps(
     with _tracing, _deprecated():
         traced = torch.jit.trace(tapped, tuple(example.values()), check_trace=False)
         own = _in_unit_of_its_own(traced.eval(), model.device)
+        _empty(traced)
         frozen: torch.jit.ScriptModule = torch.jit.freeze(own, optimize_numerics=fold)
     return frozen
 
@@ -133,6 +138,21 @@ def _in_unit_of_its_own(
     own: torch.jit.ScriptModule = torch.jit.load(buffer, map_location=device)
     _set(own, weights)
     return own
+
+
+def _empty(traced: torch.jit.ScriptModule) -> None:
+    """Empty the graphs of a traced program, which can't run any more.
+
+    See Note [A compilation unit of its own]. A TorchScript program inside the model would lose its
+    graphs, too, but such a model isn't traced (``CompiledKind.refuses``).
+    """
+    for module in traced.modules():
+        for name in module._c._method_names():
+            graph = module._c._get_method(name).graph
+            for _ in list(graph.outputs()):
+                graph.eraseOutput(0)
+            for node in reversed(list(graph.nodes())):
+                node.destroy()
 
 
 def _set(program: torch.jit.ScriptModule, values: Iterable[tuple[str, str, torch.Tensor]]) -> None:

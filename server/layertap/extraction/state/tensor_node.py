@@ -1,4 +1,10 @@
-"""What a snapshot holds of a tensor."""
+"""What a snapshot holds of a tensor.
+
+Note [Digests of large weights]
+    A copy of all weights doubles the memory that measuring a model takes. So if the parameters are
+    large, a snapshot keeps a BLAKE3 digest of each instead. It shows every write, also those that
+    torch does not count, but can't undo one.
+"""
 
 # ruff: noqa: D102 - Node says what the methods do.
 
@@ -7,15 +13,28 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
+from blake3 import blake3
 
 from layertap.extraction.state.equality import equal
 from layertap.extraction.state.node import Node
 
-__all__ = ["TensorNode", "bytes_of"]
+__all__ = ["TensorNode", "bytes_of", "digest_of"]
+
+_PIECE = 64 << 20
+"""Bytes of a tensor on a GPU that are copied to the host at once."""
 
 
 class TensorNode(Node):
-    """A tensor: the memory that it uses, and the content of that memory."""
+    """A tensor: the memory that it uses, and the content of that memory.
+
+    Args:
+        path: See Node.
+        tensor: The tensor.
+        content: A copy of its memory, as ``bytes_of`` returns it, or a digest of it, as
+            ``digest_of`` returns it; None if only writes that torch counts are to be noticed.
+        everywhere: See Node.
+        is_parameter: Whether it is a parameter of the module.
+    """
 
     in_place = True
 
@@ -23,7 +42,7 @@ class TensorNode(Node):
         self,
         path: str,
         tensor: torch.Tensor,
-        copy: torch.Tensor | None,
+        content: torch.Tensor | bytes | None,
         *,
         everywhere: bool,
         is_parameter: bool,
@@ -33,7 +52,8 @@ class TensorNode(Node):
         self._tensor = tensor
         # An alias of the memory, in case the model assigns other memory to ``tensor.data``.
         self._alias = tensor.data
-        self._copy = copy
+        self._copy = content if isinstance(content, torch.Tensor) else None
+        self._digest = content if isinstance(content, bytes) else None
         self._mark = self._now()
 
     @property
@@ -65,13 +85,16 @@ class TensorNode(Node):
 
     def written_unseen(self) -> bool:
         if self._copy is None:
-            return False
+            return self._digest is not None and digest_of(self._alias) != self._digest
         if self._now()[:3] == self._mark[:3]:
             return not _same_bytes(bytes_of(self._alias), self._copy)
         return not equal(self._tensor.data, self._original())
 
     def differing(self) -> list[str]:
-        differs = self._now() != self._mark if self._copy is None else self.written_unseen()
+        if self._copy is None:
+            differs = self._now() != self._mark or self.written_unseen()
+        else:
+            differs = self.written_unseen()
         return [""] if differs else []
 
     def _original(self) -> torch.Tensor:
@@ -83,7 +106,10 @@ class TensorNode(Node):
 
     def restore(self) -> None:
         if self._copy is None:
-            self._mark = self._now()  # Report the change only once; it can't be undone.
+            # Report the change only once; it can't be undone.
+            self._alias, self._mark = self._tensor.data, self._now()
+            if self._digest is not None:
+                self._digest = digest_of(self._alias)
             return
         if self._now()[:3] != self._mark[:3]:
             self._tensor.data = self._alias
@@ -92,8 +118,8 @@ class TensorNode(Node):
         self._mark = self._now()
 
     def forget(self) -> None:
-        """Free the copy."""
-        self._copy = None
+        """Free the copy. From now on only writes that torch counts are noticed."""
+        self._copy = self._digest = None
 
 
 def _place(tensor: torch.Tensor) -> int | None:
@@ -109,6 +135,14 @@ def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     """Return all memory that a tensor is a view of, as bytes; writes to it are not counted."""
     flat = torch.empty(0, dtype=torch.uint8, device=tensor.device)
     return flat.set_(tensor.untyped_storage())
+
+
+def digest_of(tensor: torch.Tensor) -> bytes:
+    """Return the digest of all memory that a tensor is a view of."""
+    digest = blake3()
+    for piece in bytes_of(tensor).split(_PIECE):
+        digest.update(piece.cpu().numpy().data)
+    return digest.digest()
 
 
 def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -51,13 +51,17 @@ from layertap.extraction.state.places import (
     slot_place,
 )
 from layertap.extraction.state.probes import probe_of
-from layertap.extraction.state.tensor_node import TensorNode, bytes_of
+from layertap.extraction.state.tensor_node import TensorNode, bytes_of, digest_of
 from layertap.extraction.state.torch_nodes import FunctionsNode, SettingsNode
 
 __all__ = ["Walk"]
 
-PARAMETER_BYTES = 512 << 20
-"""Above this total size parameters are not copied: changes are noticed, but can't be restored."""
+PARAMETER_BYTES = 256 << 20
+"""Above this total size parameters are not copied: changes are noticed, but can't be restored.
+
+See Note [Digests of large weights]. From this size on measuring spares memory in other ways, too
+(``malloc.sparing_memory``).
+"""
 
 MAX_NODES = 200_000
 """Maximum number of objects that a snapshot follows; further objects are not watched."""
@@ -104,7 +108,7 @@ class Walk:
         self._todo: deque[tuple[str, Any, bool]] = deque([("", root, False)])
         parameters = list(root.parameters())
         size = sum(parameter.nbytes for parameter in parameters)
-        self._uncopied = {id(p) for p in parameters} if size > PARAMETER_BYTES else set()
+        self._digested = {id(p) for p in parameters} if size > PARAMETER_BYTES else set()
         self._parameters = {id(parameter) for parameter in parameters}
         self._places: set[tuple[int, str]] = set()
         self._visitors: tuple[tuple[Any, Callable[[str, Any, bool], None]], ...] = (
@@ -117,7 +121,7 @@ class Walk:
             (types.FunctionType, self._function),
             ((types.MethodType, functools.partial, staticmethod, classmethod), self._callable),
         )
-        self._copies: dict[int, torch.Tensor] | None = {} if copies else None
+        self._contents: dict[tuple[int, bool], torch.Tensor | bytes] | None = {} if copies else None
         self._script_names = _script_names(root)
         while self._todo and len(self.nodes) < MAX_NODES:
             path, value, everywhere = self._todo.popleft()
@@ -147,26 +151,33 @@ class Walk:
             self._todo.append((path, value, everywhere))
 
     def _tensor(self, path: str, value: torch.Tensor, everywhere: bool) -> None:
-        copy = None
+        content = None
         plain = value.layout is torch.strided and not value.is_quantized and not value.is_meta
-        if plain and self._copies is not None and id(value) not in self._uncopied:
+        if plain and self._contents is not None:
             try:
-                copy = self._copy_of(value, self._copies)
+                content = self._content_of(value, self._contents)
             except (RuntimeError, NotImplementedError):  # A tensor subclass without storage.
-                copy = None
+                content = None
         self.nodes.append(
             TensorNode(
-                path, value, copy, everywhere=everywhere, is_parameter=id(value) in self._parameters
+                path,
+                value,
+                content,
+                everywhere=everywhere,
+                is_parameter=id(value) in self._parameters,
             )
         )
 
-    @staticmethod
-    def _copy_of(value: torch.Tensor, copies: dict[int, torch.Tensor]) -> torch.Tensor:
-        # One copy per memory: views and expanded tensors share it.
-        memory = value.untyped_storage()._cdata
-        if memory not in copies:
-            copies[memory] = bytes_of(value).clone()
-        return copies[memory]
+    def _content_of(
+        self, value: torch.Tensor, contents: dict[tuple[int, bool], torch.Tensor | bytes]
+    ) -> torch.Tensor | bytes:
+        """Return a copy of a tensor's memory, or a digest if it is of large parameters."""
+        digested = id(value) in self._digested
+        # One for each memory: views and expanded tensors share it.
+        key = value.untyped_storage()._cdata, digested
+        if key not in contents:
+            contents[key] = digest_of(value) if digested else bytes_of(value).clone()
+        return contents[key]
 
     def _module(self, path: str, value: nn.Module, everywhere: bool) -> None:
         if id(value) not in self._registered:
