@@ -155,3 +155,30 @@ def test_a_program_inside_another_is_found_at_its_first_path() -> None:
     values = collect(plan.built, points, batch_for(plan, x))
     for value, right in zip(values, (first, net.program(first), net(x)), strict=True):
         assert same(value, right)
+
+
+class HoldsTrace(nn.Module):
+    """Holds a program that ran when it was traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.program = torch.jit.trace(nn.Sequential(nn.Tanh(), nn.ReLU()), torch.rand(1, *ITEM))
+        self.unused = torch.jit.script(nn.Sequential(nn.Tanh()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.program(x)
+
+
+def holds_trace() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return HoldsTrace()
+
+
+def test_layers_that_cannot_be_seen_say_why() -> None:
+    """torch keeps the compiled form of a program that ran, without our operators."""
+    catalogue = measure(load_model(ModelSpec(f"{__name__}:holds_trace", item_shape=ITEM)))
+    assert Extractor.HOOK in catalogue.entry("program").served_by(Capture.OUTPUT)
+    for name in ("program.0", "program.1"):
+        assert "torch.jit.load" in catalogue.entry(name).refusal(Extractor.HOOK)
+    assert "never runs" in catalogue.entry("unused.0").refusal(Extractor.HOOK)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import replace
 
 from torch import nn
@@ -17,9 +17,8 @@ from layertap.extraction.layout import Geometry
 from layertap.extraction.measurement import Measurement
 from layertap.extraction.passes import PassScope
 from layertap.extraction.points import CapturePoint, PointKind
-from layertap.extraction.survey import (
-    survey_fused,
-)
+from layertap.extraction.script_taps import programs
+from layertap.extraction.survey import survey_fused
 from layertap.models import Batch
 from layertap.selection import SIDES, Capture, Extractor
 
@@ -195,8 +194,16 @@ def _node_entries(findings: Measurement) -> Iterator[LayerEntry]:
         yield replace(entry, support=_supported(entry, findings))
 
 
+_CLOSED = (
+    "no call of it was seen inside its TorchScript program; calls are hidden if the program ran "
+    "before the model was loaded, as torch.jit.trace runs it; store it by torch.jit.save, and "
+    "build the model with what torch.jit.load returns"
+)
+
+
 def _silent_entries(findings: Measurement) -> Iterator[LayerEntry]:
     ran = {path for path, _ in findings.order}
+    closed = _closed_programs(findings.model.module, ran)
     reason = "the module never runs in a forward pass"
     if findings.looks.looked:
         reason = (
@@ -206,15 +213,26 @@ def _silent_entries(findings: Measurement) -> Iterator[LayerEntry]:
     for path, module in findings.model.module.named_modules():
         if not path or path in ran:
             continue
+        inside = any(path.startswith(f"{program}.") for program in closed)
         for name in findings.names.of_call(path, 0):
             yield LayerEntry(
                 name,
                 PointKind.MODULE,
                 _class_name(module),
                 0,
-                support=_refused(reason),
+                support=_refused(_CLOSED if inside else reason),
                 same_as="" if name == path else path,
             )
+
+
+def _closed_programs(module: nn.Module, ran: Container[str]) -> list[str]:
+    """Return the paths of TorchScript programs that ran, although none of their modules did."""
+    return [
+        path
+        for path, program in programs(module).items()
+        if path in ran
+        and not any(f"{path}.{name}" in ran for name, _ in program.named_modules() if name)
+    ]
 
 
 def _class_name(module: nn.Module) -> str:

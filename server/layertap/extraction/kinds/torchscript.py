@@ -49,6 +49,7 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -146,9 +147,11 @@ def _empty(traced: torch.jit.ScriptModule) -> None:
     See Note [A compilation unit of its own]. A TorchScript program inside the model would lose its
     graphs, too, but such a model isn't traced (``CompiledKind.refuses``).
     """
-    for module in traced.modules():
-        for name in module._c._method_names():
-            graph = module._c._get_method(name).graph
+    # There is no public way to the graphs of methods other than forward.
+    compiled: list[Any] = [module._c for module in traced.modules()]
+    for part in compiled:
+        for name in part._method_names():
+            graph = part._get_method(name).graph
             for _ in list(graph.outputs()):
                 graph.eraseOutput(0)
             for node in reversed(list(graph.nodes())):
