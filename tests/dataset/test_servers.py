@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +14,7 @@ from click.testing import CliRunner, Result
 
 from layertap import Client
 from layertap.cli.main import main
+from layertap.dataset.pipeline import Pipeline, Progress
 from layertap.engine import Engine
 from layertap.models import ModelSpec
 from serving import running_server
@@ -89,27 +91,39 @@ def test_the_fingerprint_is_told_on_request(addresses: list[str], engines: list[
 
 
 def test_a_server_that_stops_leaves_its_work_to_the_others(
-    engines: list[Engine], addresses: list[str], items: Path, tmp_path: Path
+    engines: list[Engine],
+    addresses: list[str],
+    items: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Batches that it did not answer are run by another server, and no item fails."""
     from layertap.dataset import extract as run
     from layertap.dataset.runners import RemoteRunner
 
+    place = Pipeline._place
+
+    def slowly(*args: object) -> None:
+        time.sleep(0.05)  # Several reports are made while the run goes on.
+        place(*args)
+
+    monkeypatch.setattr(Pipeline, "_place", slowly)
     with ExitStack() as stack:
         short = ExitStack()
         address = short.enter_context(running_server(engines[1]))
         clients = {
             each: stack.enter_context(Client(each, retries=0)) for each in (addresses[0], address)
         }
-        stopped = []
+        stopped: list[int] = []
 
-        def report(progress: object) -> None:
+        def report(progress: Progress) -> None:
             if not stopped:
-                stopped.append(True)
+                stopped.append(progress.done)
                 short.close()
 
         outcome = run(
             RemoteRunner(clients, "residual"), [items], ["layer1"], tmp_path / "out.npz",
             extractor="hook", batch_size=1, shard_items=8, report=report,
         )  # fmt: skip
+    assert stopped[0] < 40
     assert (outcome.rows, outcome.failures) == (40, ())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,10 @@ ITEMS = 1001
 a run takes five minutes."""
 
 
+BEFORE_STOP = 150
+"""Batches after which a run is interrupted: it has measured the variants and written shards."""
+
+
 class Timed(WatchedRunner):
     """A real model whose answers say that a variant took a certain time.
 
@@ -46,6 +51,26 @@ class Timed(WatchedRunner):
         if variant not in self.took:
             raise ExtractorUnsupportedError("its proof failed")
         return replace(ask_model(), timings=Timings(compute_ns=int(self.took[variant] * 1e9)))
+
+
+class Interrupted(Timed):
+    """Waits for the user to press Ctrl-C, which a run notices a few times a second."""
+
+    def __init__(self, model: LocalModel, took: Mapping[str, float]) -> None:
+        super().__init__(model, took)
+        self._stopped = threading.Event()
+
+    def answer(self, ask_model: Callable[[], Answer], extractor: Extractor, variant: str) -> Answer:
+        """Answer some batches, and the others once the run was interrupted."""
+        if len(self.asked) > BEFORE_STOP:
+            self._stopped.wait(60)
+        return super().answer(ask_model, extractor, variant)
+
+    def stop(self, progress: object) -> None:
+        """Press Ctrl-C."""
+        if len(self.asked) > BEFORE_STOP:
+            self._stopped.set()
+            raise KeyboardInterrupt
 
 
 @pytest.fixture(scope="module")
@@ -114,14 +139,9 @@ def test_an_interrupted_run_keeps_the_variant(
 ) -> None:
     """Although another one would be measured as the fastest by then."""
     run(Timed(model, {"": 2.0, CHANNELS_LAST: 1.0}), items, tmp_path / "whole.npz")
-    broken = Timed(model, {"": 2.0, CHANNELS_LAST: 1.0})
-
-    def stop(progress: object) -> None:
-        if len(broken.asked) > 150:
-            raise KeyboardInterrupt
-
+    broken = Interrupted(model, {"": 2.0, CHANNELS_LAST: 1.0})
     with pytest.raises(KeyboardInterrupt):
-        run(broken, items, tmp_path / "out.npz", report=stop, shard_items=50)
+        run(broken, items, tmp_path / "out.npz", report=broken.stop, shard_items=50)
     runner = Timed(model, {"": 2.0, CHANNELS_LAST: 4.0})
     outcome = run(runner, items, tmp_path / "out.npz", shard_items=50)
     assert outcome.shards_before > 0
