@@ -66,12 +66,7 @@ PEERS_BEGIN = "<!-- Written by benchmarks/report.py from the results of make ben
 
 PEERS_END = "<!-- End of what is written -->"
 
-BEHIND: dict[str, str] = {
-    "a tensor, avgpool (2 KB), callers: 1": (
-        "within the quartiles of both: the pass takes nine tenths of the call, the reply next to "
-        "nothing, and the machine was noisy; an earlier run had 1.08×"
-    ),
-}
+BEHIND: dict[str, str] = {}
 """Why another server is ahead of layertap, by the title of the row in `section`."""
 
 
