@@ -37,8 +37,8 @@ from layertap.selection import Capture
 __all__ = [
     "begin_program",
     "end_program",
+    "first_paths",
     "instrument",
-    "other_paths",
     "programs",
     "watch",
     "writes_attributes",
@@ -106,7 +106,7 @@ def watch(observer: ValueObserver, first_paths: Mapping[str, str]) -> Iterator[N
 
     Args:
         observer: Is called for each.
-        first_paths: See ``other_paths``.
+        first_paths: What the function of that name returns.
     """
     watcher = _Watcher(observer, first_paths)
     token = _watcher.set(watcher)
@@ -149,7 +149,7 @@ def programs(module: nn.Module) -> dict[str, ScriptModule]:
     return found
 
 
-def other_paths(module: nn.Module) -> dict[str, str]:
+def first_paths(module: nn.Module) -> dict[str, str]:
     """Map each path at which a model holds a module once more to that module's first path."""
     first: dict[nn.Module, str] = {}
     others: dict[str, str] = {}

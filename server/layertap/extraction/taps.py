@@ -37,8 +37,8 @@ from layertap.extraction.points import CapturePoint, Sink, ValueObserver
 from layertap.extraction.script_taps import (
     begin_program,
     end_program,
+    first_paths,
     instrument,
-    other_paths,
     programs,
     watch,
 )
@@ -225,7 +225,7 @@ class Taps:
         self._lock = threading.Lock()
         self._running: _Session | None = None
         self._in_programs: set[str] = set()
-        self._first_paths = other_paths(module)
+        self._first_paths = first_paths(module)
         for path, program in programs(module).items():
             instrument(program)
             inside = (name for name, _ in program.named_modules())
@@ -336,7 +336,7 @@ def observe(module: nn.Module, observer: ValueObserver) -> Iterator[None]:
         elif not isinstance(submodule, torch.jit.ScriptModule):
             handles.extend(_hook(submodule, side, see) for side in (Capture.INPUT, Capture.OUTPUT))
     try:
-        with watch(observer, other_paths(module)) if found else nullcontext():
+        with watch(observer, first_paths(module)) if found else nullcontext():
             yield
     finally:
         for handle in handles:
