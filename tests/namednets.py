@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - as everybody calls it
@@ -156,6 +157,43 @@ class KeyedNet(nn.Module):
         return self.heads(x)["a"]
 
 
+class EndsInLstm(nn.Module):
+    """A Sequential returns what the LSTM at its end returns, ``(y, (h, c))``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.Sequential(nn.Linear(3, 4), nn.LSTM(4, 5, batch_first=True))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.rnn(x)[0]
+
+
+class Packs(nn.Module):
+    """Returns a dict whose keys look alike: the same text, a dot, the number of a further call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> dict[Any, Any]:
+        y = self.conv(self.conv(x)[:, :3])
+        return {
+            1: y, "1": 2 * y, "a.b": 3 * y, "a": {"b": 4 * y}, "conv": 5 * y, "conv_1": 6 * y
+        }  # fmt: skip
+
+
+class LookAlike(nn.Module):
+    """Holds a Packs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pack = Packs()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found = self.pack(x)
+        return found[1] + found["1"]
+
+
 def two_names() -> nn.Module:
     """Return a seeded TwoNames."""
     return seeded(TwoNames)
@@ -202,3 +240,13 @@ def attends() -> nn.Module:
 def odd_keys() -> nn.Module:
     """Return a seeded OddKeys."""
     return seeded(OddKeys)
+
+
+def ends_in_lstm() -> nn.Module:
+    """Return a seeded EndsInLstm."""
+    return seeded(EndsInLstm)
+
+
+def look_alike() -> nn.Module:
+    """Return a seeded LookAlike."""
+    return seeded(LookAlike)

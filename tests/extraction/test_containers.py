@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from layertap.extraction.containers import MAX_CONTAINER_DEPTH, flatten, pick
+from layertap.extraction.containers import MAX_CONTAINER_DEPTH, flatten, pick, replaced
 
 ONE, TWO = torch.tensor([1.0]), torch.tensor([2.0])
 Boxes = namedtuple("Boxes", "low high")
@@ -47,6 +47,19 @@ def test_pick_finds_what_flatten_found() -> None:
     assert all(pick(value, way) is tensor for way, tensor in flatten(value))
     assert pick(value, ("a", "7")) is None
     assert pick(value, ("a",)) is None
+
+
+def test_keys_of_one_text_have_names_of_their_own() -> None:
+    """They are named by their repr; keys that even have one repr are left out."""
+    value = {1: ONE, "1": TWO, "x": ONE}
+    assert [(way, tensor.item()) for way, tensor in flatten(value)] == [
+        (("1",), 1.0),
+        (("'1'",), 2.0),
+        (("x",), 1.0),
+    ]
+    changed = replaced(value, ("'1'",), torch.tensor([3.0]))
+    assert {key: tensor.item() for key, tensor in changed.items()} == {1: 1.0, "1": 3.0, "x": 1.0}
+    assert ways({1: ONE, "1": ONE, "'1'": ONE}) == ["1"]
 
 
 def test_endless_nesting_ends() -> None:

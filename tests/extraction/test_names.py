@@ -92,6 +92,39 @@ def test_members_that_are_called_like_children(net: str, names: list[str]) -> No
     assert f"such as {names[0]}" in found.entry(whole).refusal(Extractor.HOOK)
 
 
+def test_members_below_a_name_that_a_child_has() -> None:
+    """The hidden state that a Sequential returns is not the output of the LSTM at its end."""
+    found = catalogue("ends_in_lstm", (7, 3))
+    members = {
+        name: (entry.points[Capture.OUTPUT].path, entry.points[Capture.OUTPUT].member)
+        for name, entry in found.entries.items()
+        if Capture.OUTPUT in entry.points and entry.points[Capture.OUTPUT].member
+    }
+    assert members == {
+        "rnn.1.0": ("rnn.1", ("0",)),
+        "rnn.1.1.0": ("rnn.1", ("1", "0")),
+        "rnn.1.1.1": ("rnn.1", ("1", "1")),
+        "rnn[0]": ("rnn", ("0",)),
+        "rnn[1][0]": ("rnn", ("1", "0")),
+        "rnn[1][1]": ("rnn", ("1", "1")),
+    }
+
+
+def test_keys_that_look_alike_are_several_layers() -> None:
+    """Keys of one text, with dots, and like a further call: each is a layer, and none is state."""
+    found = catalogue("look_alike")
+    members = [
+        found.names[point]
+        for point in found.names
+        if (point.path, point.capture) == ("pack", Capture.OUTPUT)
+    ]
+    assert members == [
+        "pack.1", "pack.'1'", "pack[a.b]", "pack.a.b", "pack[conv]", "pack[conv_1]"
+    ]  # fmt: skip
+    assert not found.notes
+    assert found.entry("pack.1").specs[Capture.OUTPUT].shape(3) == (3, 4, 16, 16)
+
+
 def test_the_result_of_a_model_that_calls_itself_is_the_outermost_calls() -> None:
     """Of a recursive model's calls, the one that ended last is its result."""
     assert catalogue("recursive").entry("output").points[Capture.OUTPUT].call == 2
@@ -117,4 +150,8 @@ def test_names_of_calls_and_members() -> None:
     assert names.of_call("", 0) == ["output"]
     assert names.of_member("layer1", ("x", "0")) == "layer1.x.0"
     assert names.of_member("base", ("2",)) == "base[2]"
+    assert names.of_member("base", ("2", "h")) == "base[2][h]"
+    assert names.of_member("base", ("2_1",)) == "base[2_1]"
+    assert names.of_member("base", ("a.b",)) == "base[a.b]"
+    assert names.of_member("base", ("22",)) == "base.22"
     assert LayerNames(torch.nn.Sequential()).result == "output"

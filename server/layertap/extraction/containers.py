@@ -7,6 +7,7 @@ and ``unsendable`` says why a value can't be sent at all.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -62,7 +63,7 @@ def replaced(value: Any, way: tuple[str, ...], tensor: torch.Tensor) -> Any:
     key, *rest = way
     member = replaced(dict(_members(value))[key], tuple(rest), tensor)
     if isinstance(value, Mapping):
-        own = next(each for each in value if str(each) == key)
+        own = next(each for each, name, _ in _keys(value) if name == key)
         changed = copy.copy(value)
         changed[own] = member  # type: ignore[index]
         return changed
@@ -117,10 +118,24 @@ def _members(value: Any) -> Iterator[tuple[str, Any]]:
         if not value.withheld:
             yield WEIGHTS, value.weights()
     elif isinstance(value, Mapping):
-        yield from ((str(key), member) for key, member in value.items())
+        yield from ((name, member) for _, name, member in _keys(value))
     elif isinstance(value, tuple) and hasattr(value, "_fields"):
         yield from zip(value._fields, value, strict=True)
     elif isinstance(value, tuple | list) and not isinstance(value, torch.Size):
         yield from ((str(index), member) for index, member in enumerate(value))
     elif is_dataclass(value) and not isinstance(value, type):
         yield from ((field.name, getattr(value, field.name)) for field in fields(value))
+
+
+def _keys(value: Mapping[Any, Any]) -> Iterator[tuple[Any, str, Any]]:
+    """Yield each key of a mapping with its name and its member.
+
+    A key's name is its text, or its ``repr`` if another key has this text, as 1 and ``"1"`` have.
+    Keys that differ in neither have no name of their own and are left out.
+    """
+    texts = Counter(map(str, value))
+    names = [str(key) if texts[str(key)] == 1 else repr(key) for key in value]
+    often = Counter(names)
+    for (key, member), name in zip(value.items(), names, strict=True):
+        if often[name] == 1:
+            yield key, name, member

@@ -6,13 +6,18 @@ Note [Names]
     - A module that can be reached by several paths has a name for each. The first path, in the
       order of ``named_modules``, gives its own name; the other names are aliases.
     - A member of a tuple, a dict or a dataclass is ``path.0`` or ``path.key``. If a module has that
-      name, as in a ``Sequential`` that returns a tuple, it is ``path[0]`` or ``path[key]``.
+      name, as in a ``Sequential`` that returns a tuple, it is ``path[0]`` or ``path[key]``. So is a
+      member below it: if a ``Sequential`` ends in an LSTM, ``rnn.1.0`` is the output of the LSTM
+      ``rnn.1``, and ``rnn[1][0]`` is the hidden state in what the ``Sequential`` returns. And so is
+      a member of a key with a dot, which would look like two keys: ``path[a.b]``.
     - The model's own result is ``output``; ``model_output`` if a module of the model has that name.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from itertools import accumulate
 
 import torch
 from torch import nn
@@ -21,6 +26,9 @@ __all__ = ["RESULT", "LayerNames", "aliases"]
 
 RESULT = "output"
 """The name of the model's own result, unless a module has that name."""
+
+_NUMBER = re.compile(r"[_@]\d+$")
+"""Behind a module's path in the names of its further calls."""
 
 MAX_ALIASES = 10_000
 """Limit on aliases per model. Models whose modules share parts can have very many paths."""
@@ -84,10 +92,14 @@ class LayerNames:
             call: One of the names of the call.
             way: The keys that lead to the member; empty for a plain tensor.
         """
-        name = ".".join((call, *way))
-        if not way or name not in self._paths:
-            return name
-        return call + "".join(f"[{key}]" for key in way)
+        names = list(accumulate(way, "{}.{}".format, initial=call))
+        if any("." in key for key in way) or any(map(self._is_call, names[1:])):
+            return call + "".join(f"[{key}]" for key in way)
+        return names[-1]
+
+    def _is_call(self, name: str) -> bool:
+        """Return whether a module's call has this name, or may have it if the module runs often."""
+        return name in self._paths or _NUMBER.sub("", name) in self._paths
 
     def _numbered(self, path: str, call: int) -> str:
         name = f"{path}_{call}" if call else path
