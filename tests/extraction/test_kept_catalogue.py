@@ -46,11 +46,18 @@ KEPT = {
     "oddnets:clamps": ITEM,
     "namednets:joined": ITEM,
     "severalnets:optional": (6,),
+    "wrappernets:quantised": (6,),
     "severalnets:lengths": (6,),
 }
 """Awkward models whose catalogue is kept, and the shape of their items."""
 
-QUICKLY_KEPT = {"tinynets:residual", "tinynets:tokens", "guardnets:sign", "severalnets:optional"}
+QUICKLY_KEPT = {
+    "tinynets:residual",
+    "tinynets:tokens",
+    "guardnets:sign",
+    "severalnets:optional",
+    "wrappernets:quantised",
+}
 """Those that every run of the tests loads."""
 
 

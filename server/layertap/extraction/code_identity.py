@@ -46,6 +46,8 @@ import torch
 from blake3 import blake3
 from torch import fx, nn
 
+from layertap.models.wrappers import PLAIN, is_wrapper, plain_tensors
+
 __all__ = ["UnknownCodeError", "code_identity", "digest_of_tensor"]
 
 _SCALARS = (
@@ -93,7 +95,8 @@ def code_identity(module: nn.Module, *more: object) -> str:
     Raises:
         UnknownCodeError: If there can't be one.
     """
-    walk = _Walk({id(t) for t in (*module.parameters(), *module.buffers())})
+    own = (*module.parameters(), *module.buffers())
+    walk = _Walk({id(t) for each in own for t in (each, *plain_tensors(each))})
     try:
         walk.visit("the model", module)
         for each in more:
@@ -185,7 +188,12 @@ class _Walk:
         if value.layout is not torch.strided or value.is_quantized or value.is_meta:
             self._unknown(path, value)
         self._feed(value.dtype, tuple(value.shape), value.stride(), value.requires_grad)
-        if id(value) not in self._known:
+        if type(value) not in PLAIN:
+            self.visit(path, type(value))
+            for name, member in vars(value).items():
+                self._feed(name)
+                self.visit(f"{path}.{name}", member)
+        if id(value) not in self._known and not is_wrapper(value):
             self._feed(digest_of_tensor(value))
 
     def _array(self, path: str, value: np.ndarray) -> None:

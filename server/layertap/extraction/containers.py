@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from layertap.extraction.attention import WEIGHTS, Attended
+from layertap.models.wrappers import is_wrapper
 from layertap.wire.dtypes import DTYPES
 
 __all__ = ["flatten", "pick", "plain", "replaced", "unsendable"]
@@ -92,6 +93,14 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
 
 def unsendable(tensor: torch.Tensor) -> str:
     """Return why a tensor can't be sent; empty if what ``plain`` returns for it can be sent."""
+    reason = _not_dense(tensor)
+    if reason or tensor.dtype in _SENT or tensor.is_quantized:
+        return reason
+    return f"its value is {_name(tensor.dtype)}, a dtype that layertap can't return"
+
+
+def _not_dense(tensor: torch.Tensor) -> str:
+    """Return why a tensor has no memory with an element at each place; empty if it has."""
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return (
             "its value is a tensor of torch.vmap or torch.func.grad, which has no meaning outside "
@@ -101,11 +110,14 @@ def unsendable(tensor: torch.Tensor) -> str:
         return "its value is a tensor on the meta device, which has a shape but no elements"
     if tensor.is_nested:
         return "its value is a nested tensor, whose items differ in size"
+    if is_wrapper(tensor):
+        return (
+            f"its value is a {type(tensor).__name__}, which holds other tensors in place of memory "
+            f"of its own"
+        )
     if tensor.layout is not torch.strided:
         return f"its value is a sparse tensor ({_name(tensor.layout)})"
-    if tensor.dtype in _SENT or tensor.is_quantized:
-        return ""
-    return f"its value is {_name(tensor.dtype)}, a dtype that layertap can't return"
+    return ""
 
 
 def _name(value: torch.dtype | torch.layout) -> str:

@@ -58,6 +58,7 @@ from layertap.extraction.sweeps import Base, SentBaseline, SweepTotal, SweptPass
 from layertap.extraction.taps import Edit, Watch
 from layertap.listing import listed
 from layertap.models import Batch
+from layertap.models.wrappers import plain_tensors
 from layertap.selection import Method, Sweep
 
 __all__ = ["BoundGradients", "GradientExtractor", "SavedBytes", "Shapes", "point_name"]
@@ -665,15 +666,17 @@ class SavedBytes:
     def counting(self) -> Iterator[None]:
         """Count in a block."""
         own = (*self.module.parameters(), *self.module.buffers())
-        self._seen = {tensor.untyped_storage().data_ptr() for tensor in own}
+        plain = (tensor for each in own for tensor in plain_tensors(each))
+        self._seen = {tensor.untyped_storage().data_ptr() for tensor in plain}
         with saved_tensors_hooks(self._count, lambda tensor: tensor):
             yield
 
     def _count(self, tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.layout is torch.strided and not tensor.is_meta:
-            memory = tensor.untyped_storage()
-            if memory.data_ptr() not in self._seen:
-                self._seen.add(memory.data_ptr())
-                self.nbytes += memory.nbytes()
-                self.largest = max(self.largest, memory.nbytes())
+        for each in plain_tensors(tensor):
+            if each.layout is torch.strided and not each.is_meta:
+                memory = each.untyped_storage()
+                if memory.data_ptr() not in self._seen:
+                    self._seen.add(memory.data_ptr())
+                    self.nbytes += memory.nbytes()
+                    self.largest = max(self.largest, memory.nbytes())
         return tensor

@@ -41,6 +41,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from layertap.extraction.leaves import leaves
 from layertap.listing import listed
 from layertap.models import Batch
+from layertap.models.wrappers import is_wrapper
 
 __all__ = [
     "GuardTree",
@@ -357,7 +358,9 @@ class Tape:
         if ref.storage in self._from or ref in self._made or ref in self._constants:
             return
         self._fixed.add(ref.storage)
-        if StorageWeakRef(tensor.untyped_storage()) in self._own:
+        if is_wrapper(tensor):
+            self._faults[ref] = f"it uses a {type(tensor).__name__}, which holds other tensors"
+        elif StorageWeakRef(tensor.untyped_storage()) in self._own:
             self._constants[ref] = tensor
         elif tensor.numel() <= CONSTANT_ELEMENTS:
             self._constants[ref] = tensor.clone()

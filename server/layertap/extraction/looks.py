@@ -14,10 +14,13 @@ Note [Looks]
     Where a `Tape` of ``guards`` is given, it records every operation, so that the value of each
     look can be found out for other input.
 
-Note [Python functions]
+Note [Code in Python]
     A ``torch.autograd.Function`` is Python code that a compiled program can't contain. We see the
     calls of its ``apply`` with the interpreter's profiling hook, which applies to this thread only.
     Patching ``apply`` would change it for the passes of all other threads.
+
+    The same is true of the operations of tensors whose class defines them in Python, such as
+    quantised weights (Note [Wrapper subclasses]). torch names these classes with each operation.
 
 Note [Freed memory]
     Marks are weak references to the memory of tensors. A mark of freed memory keeps a small header
@@ -43,6 +46,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from layertap.extraction.guards import Tape
 from layertap.extraction.leaves import leaves
 from layertap.extraction.steps import discrete_results, is_new, keeps_exact
+from layertap.listing import listed
 from layertap.models.compiler_import import import_compiler
 
 __all__ = ["Looks", "unwatched", "watch_looks"]
@@ -101,7 +105,8 @@ class Looks:
         count: How often the model looked at values; see Note [Looks].
         operations: How many operations had arguments that depend on the input.
         sizes: Whether the size of some value depended on the content of the input.
-        functions: The names of the ``torch.autograd.Function`` classes that it called.
+        python: What it ran that is code in Python and no part of a compiled program, as clauses
+            about the model; see Note [Code in Python].
         tables: The numbers of rows of the tables that it indexed by ids from the input.
     """
 
@@ -115,7 +120,7 @@ class Looks:
         self._limit = SLACK
         self.operations = 0
         self.sizes = False
-        self.functions: list[str] = []
+        self.python: list[str] = []
         self.tables: set[int] = set()
 
     def marked(self, values: Any) -> bool:
@@ -251,6 +256,9 @@ class _Operations(TorchDispatchMode):
         kwargs = kwargs or {}
         if _eyes.closed:
             return func(*args, **kwargs)
+        if types:
+            names = listed(dict.fromkeys(each.__name__ for each in types))
+            self._looks.python.append(f"computes with {names}, a class of tensors in Python")
         given = list(_memory((args, kwargs)))
         follows = self._looks.any_marked(given) and not is_new(func)
         call = self._tape.before(func, args, kwargs) if self._tape else None
@@ -313,12 +321,13 @@ def watch_looks(module: nn.Module, given: Any, tape: Tape | None = None) -> Iter
 
 @contextmanager
 def _watch_functions(looks: Looks) -> Iterator[None]:
-    """Record the autograd functions that are called; see Note [Python functions]."""
+    """Record the autograd functions that are called; see Note [Code in Python]."""
     before = sys.getprofile()
 
     def see(frame: Any, event: str, called: Any) -> None:
         if event == "c_call" and called.__name__ == "apply" and _is_function(called.__self__):
-            looks.functions.append(called.__self__.__name__)
+            name = called.__self__.__name__
+            looks.python.append(f"calls {name}, a Python autograd.Function")
 
     sys.setprofile(see)
     try:

@@ -6,8 +6,8 @@ __all__ = [
     "DRAWS_NUMBERS",
     "SOMETIMES",
     "UNREPEATED",
-    "calls_function",
     "no_guard",
+    "runs_python",
     "takes_step",
 ]
 
@@ -38,12 +38,13 @@ def no_guard(reason: str) -> str:
     )
 
 
-def calls_function(name: str) -> str:
-    """Return why a layer after a call of a Python ``autograd.Function`` can't be compiled."""
-    return (
-        f"before it the model calls {name}, a Python autograd.Function, which a compiled program "
-        f"can't contain"
-    )
+def runs_python(what: str) -> str:
+    """Return why a layer after something that runs in Python can't be compiled.
+
+    Args:
+        what: What the model does, as a clause; see Note [Code in Python].
+    """
+    return f"before it the model {what}, which a compiled program can't contain"
 
 
 def takes_step(operation: str) -> str:

@@ -38,13 +38,13 @@ class Recorded:
 
     Attributes:
         looks: Its looks.
-        function: A Python function of autograd that it called; empty for none.
+        python: What it ran in Python, as a clause; empty for nothing. See Note [Code in Python].
         step: A discontinuous operation on which a captured value depends; empty for none.
         unguarded: Why there is no guard for one of the looks; empty if there are guards for all.
     """
 
     looks: tuple[Look, ...]
-    function: str = ""
+    python: str = ""
     step: str = ""
     unguarded: str = ""
 
@@ -167,7 +167,7 @@ class Outcomes:
         unguarded = next(filter(None, (why_not(look, tape.elements) for look in tape.looks)), "")
         return Recorded(
             tuple(tape.looks),
-            function=next(iter(looks.functions), ""),
+            python=next(iter(looks.python), ""),
             step=next(filter(None, steps), ""),
             unguarded=unguarded,
         )

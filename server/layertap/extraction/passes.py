@@ -43,6 +43,7 @@ from layertap.extraction.writes import each_line
 from layertap.listing import listed
 from layertap.malloc import return_memory
 from layertap.models import Batch, LoadedModel
+from layertap.models.wrappers import is_wrapper
 from layertap.selection import Capture
 
 __all__ = ["KeptState", "PassRules", "PassScope", "ScopedExtractor", "survey_passes"]
@@ -318,6 +319,8 @@ def _rules(model: LoadedModel, scope: PassScope, seen: _Seen) -> PassRules:
         what = _named(seen.by_batch) if seen.by_batch else "values from an earlier pass"
         rules = replace(rules, uncompiled=f"the model keeps state between calls ({what}), which a "
                         "compiled program would hold as a constant")  # fmt: skip
+    if not rules.uncompiled:
+        rules = replace(rules, uncompiled=_held_by_wrappers(model))
     written = [change.path for change in seen.changes.values() if change.in_place]
     if written and not rules.uncompiled:
         # The memory of such a tensor is a constant of the program; a larger batch overruns it.
@@ -361,6 +364,18 @@ def _rules(model: LoadedModel, scope: PassScope, seen: _Seen) -> PassRules:
             "the device and the precision don't reach them, and they have no layer names"
         )
     return replace(rules, notes=tuple(notes))
+
+
+def _held_by_wrappers(model: LoadedModel) -> str:
+    """Return why no program can hold the model's weights; empty if it can."""
+    tensors = (*model.module.parameters(), *model.module.buffers())
+    names = dict.fromkeys(type(each).__name__ for each in tensors if is_wrapper(each))
+    if not names:
+        return ""
+    return (
+        f"its weights are of the class {listed(names)}, whose operations run in Python, which a "
+        f"compiled program can't contain"
+    )
 
 
 def _for_changes(changes: Sequence[Change], *, persistent: bool) -> PassRules:

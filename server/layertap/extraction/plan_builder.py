@@ -712,7 +712,7 @@ class PlanBuilder:
         """
         found = self.outcomes.record(pass_spec, example)
         obstacle = kind.recording_obstacle(
-            unguarded=found.unguarded, function=found.function, step=found.step
+            unguarded=found.unguarded, python=found.python, step=found.step
         )
         if not obstacle and found.outcome != outcome:
             obstacle = (

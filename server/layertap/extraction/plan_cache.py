@@ -42,6 +42,7 @@ from layertap.extraction.guards import Outcome
 from layertap.extraction.kinds.base import CompiledKind
 from layertap.extraction.pass_spec import PassSpec
 from layertap.models import BatchKey, LoadedModel
+from layertap.models.wrappers import plain_tensors
 from layertap.resources import available_cpus
 from layertap.threads import is_thread_refused
 
@@ -356,7 +357,11 @@ def fingerprint(model: LoadedModel) -> str:
     for fact in (FORMAT, torch.__version__, torchvision.__version__, model.device.type):
         digest.update(f"{fact}\n".encode())
     digest.update(repr(model.module).encode())
-    named = [*model.module.named_parameters(), *model.module.named_buffers()]
+    named = [
+        (name if tensor is plain else f"{name}, of {type(tensor).__qualname__}", plain)
+        for name, tensor in (*model.module.named_parameters(), *model.module.named_buffers())
+        for plain in plain_tensors(tensor)
+    ]
     contents = _digests([tensor for _, tensor in named])
     for (name, tensor), content in zip(named, contents, strict=True):
         facts = (name, tensor.dtype, tuple(tensor.shape), tensor.stride(), content)

@@ -270,7 +270,8 @@ class LooksSurvey:
         looked: For each point after a look at values: the number of looks before it.
         outcome: What the looks gave, in order.
         unguarded: For each point after a look that has no guard: why it has none.
-        functions: For each point after a call of a custom autograd function: the function's name.
+        python: For each point after something that ran in Python: what, as a clause; see Note
+            [Code in Python].
         steps: For each point whose value depends on a discontinuous operation: the operation's
             name; see Note [Discontinuous steps].
         sized: The points after a value whose size depends on the content of the input.
@@ -281,7 +282,7 @@ class LooksSurvey:
     looked: dict[CapturePoint, int] = field(default_factory=dict)
     outcome: Outcome = ()
     unguarded: dict[CapturePoint, str] = field(default_factory=dict)
-    functions: dict[CapturePoint, str] = field(default_factory=dict)
+    python: dict[CapturePoint, str] = field(default_factory=dict)
     steps: dict[CapturePoint, str] = field(default_factory=dict)
     sized: set[CapturePoint] = field(default_factory=set)
     straight: list[str] = field(default_factory=list)
@@ -322,8 +323,8 @@ def survey_looks(model: LoadedModel, x: Batch) -> LooksSurvey:
                 survey.looked[point] = len(tape.looks)
             if looks.sizes:
                 survey.sized.add(point)
-            if looks.functions:
-                survey.functions[point] = looks.functions[0]
+            if looks.python:
+                survey.python[point] = looks.python[0]
             if step := looks.step(tensor):
                 survey.steps[point] = step
 

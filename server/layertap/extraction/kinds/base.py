@@ -21,8 +21,8 @@ from layertap.extraction.measurement import Measurement
 from layertap.extraction.obstacles import (
     DRAWS_NUMBERS,
     SOMETIMES,
-    calls_function,
     no_guard,
+    runs_python,
     takes_step,
 )
 from layertap.extraction.pass_spec import PassSpec
@@ -316,23 +316,23 @@ class CompiledKind(ExtractorKind, Generic[P]):
         """See ExtractorKind."""
         return self.recording_obstacle(
             unguarded=found.looks.unguarded.get(point, ""),
-            function=found.looks.functions.get(point, ""),
+            python=found.looks.python.get(point, ""),
             step=found.looks.steps.get(point, ""),
         )
 
-    def recording_obstacle(self, *, unguarded: str, function: str, step: str) -> str:
+    def recording_obstacle(self, *, unguarded: str, python: str, step: str) -> str:
         """Return why a program recorded from one pass would be wrong for other input.
 
         Args:
             unguarded: Why there is no guard for a look at tensor values on the way; empty if there
                 was no look, or if each has a guard. See ``guards``.
-            function: A custom autograd function that this value depends on; empty for none.
+            python: What the model runs in Python before this value, as a clause; empty for nothing.
             step: A discontinuous operation that this value depends on; empty for none.
         """
         if unguarded:
             return no_guard(unguarded)
-        if function:
-            return calls_function(function)
+        if python:
+            return runs_python(python)
         return takes_step(step) if step else ""
 
     @abstractmethod

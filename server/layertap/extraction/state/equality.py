@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from layertap.models.wrappers import is_wrapper
+
 __all__ = ["SCALARS", "equal"]
 
 MAX_COMPARED_DEPTH = 8
@@ -80,6 +82,8 @@ _EQUAL: tuple[tuple[Any, Callable[[Any, Any, int], bool]], ...] = (
 def _same_tensor(one: torch.Tensor, other: torch.Tensor) -> bool:
     if one.shape != other.shape or one.dtype != other.dtype or one.device != other.device:
         return False
+    if is_wrapper(one):
+        return equal(vars(one), vars(other))
     try:
         return torch.equal(one, other) or (
             one.is_floating_point() and bool(((one == other) | (one.isnan() & other.isnan())).all())

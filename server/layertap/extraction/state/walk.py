@@ -53,6 +53,7 @@ from layertap.extraction.state.places import (
 from layertap.extraction.state.probes import probe_of
 from layertap.extraction.state.tensor_node import TensorNode, bytes_of, digest_of
 from layertap.extraction.state.torch_nodes import FunctionsNode, SettingsNode
+from layertap.models.wrappers import PLAIN, is_wrapper, plain_tensors
 
 __all__ = ["Walk"]
 
@@ -107,9 +108,10 @@ class Walk:
         self._kept_alive: list[Any] = []
         self._todo: deque[tuple[str, Any, bool]] = deque([("", root, False)])
         parameters = list(root.parameters())
-        size = sum(parameter.nbytes for parameter in parameters)
-        self._digested = {id(p) for p in parameters} if size > PARAMETER_BYTES else set()
-        self._parameters = {id(parameter) for parameter in parameters}
+        plain = [tensor for parameter in parameters for tensor in plain_tensors(parameter)]
+        size = sum(tensor.nbytes for tensor in plain)
+        self._digested = {id(tensor) for tensor in plain} if size > PARAMETER_BYTES else set()
+        self._parameters = {id(tensor) for tensor in (*parameters, *plain)}
         self._places: set[tuple[int, str]] = set()
         self._visitors: tuple[tuple[Any, Callable[[str, Any, bool], None]], ...] = (
             (torch.Tensor, self._tensor),
@@ -153,10 +155,10 @@ class Walk:
     def _tensor(self, path: str, value: torch.Tensor, everywhere: bool) -> None:
         content = None
         plain = value.layout is torch.strided and not value.is_quantized and not value.is_meta
-        if plain and self._contents is not None:
+        if plain and self._contents is not None and not is_wrapper(value):
             try:
                 content = self._content_of(value, self._contents)
-            except (RuntimeError, NotImplementedError):  # A tensor subclass without storage.
+            except (RuntimeError, NotImplementedError):  # Another kind of tensor without storage.
                 content = None
         self.nodes.append(
             TensorNode(
@@ -167,6 +169,8 @@ class Walk:
                 is_parameter=id(value) in self._parameters,
             )
         )
+        if type(value) not in PLAIN:  # The tensors that a wrapper holds are its attributes.
+            self._instance(path, value, everywhere)
 
     def _content_of(
         self, value: torch.Tensor, contents: dict[tuple[int, bool], torch.Tensor | bytes]

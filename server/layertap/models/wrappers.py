@@ -1,0 +1,66 @@
+"""Tensors that hold other tensors in place of memory of their own.
+
+Note [Wrapper subclasses]
+    The quantised weights of torchao, a ``DTensor`` and a ``MaskedTensor`` are subclasses of Tensor
+    that hold other tensors in attributes. Their ``__torch_dispatch__`` computes with these. torch
+    calls them wrapper subclasses. They have a shape, a dtype and a storage of the size that this
+    makes, but the storage has no memory: who reads it reads address 0, and the process ends. So
+    memory is read, copied and compared only where ``plain_tensors`` leads to.
+
+    What ``__torch_dispatch__`` does is code in Python. A TorchScript program can't contain it; it
+    would hold the wrapper as a constant and read its memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+__all__ = ["PLAIN", "has_python_operations", "is_wrapper", "plain_tensors"]
+
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+"""The classes of tensors without attributes or operations of their own."""
+
+MAX_LEVELS = 8
+"""Levels of wrappers inside wrappers that are followed."""
+
+
+def has_python_operations(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor's class defines in Python what operations do with it."""
+    return (
+        type(tensor) not in PLAIN
+        and type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    )
+
+
+def is_wrapper(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor has no memory of its own; see Note [Wrapper subclasses]."""
+    if not has_python_operations(tensor):
+        return False
+    if hasattr(tensor, "__tensor_flatten__"):
+        return True
+    try:
+        return tensor.numel() > 0 and not tensor.data_ptr()
+    except RuntimeError:  # Some refuse to tell their address.
+        return True
+
+
+def plain_tensors(tensor: torch.Tensor, levels: int = MAX_LEVELS) -> Iterator[torch.Tensor]:
+    """Yield the tensors whose memory holds a tensor's content: itself, or what it wraps."""
+    if not is_wrapper(tensor):
+        yield tensor
+    elif levels:
+        for member in _wrapped(tensor):
+            yield from plain_tensors(member, levels - 1)
+
+
+def _wrapped(wrapper: Any) -> list[torch.Tensor]:
+    """Return the tensors in a wrapper, in the order of their names."""
+    if hasattr(wrapper, "__tensor_flatten__"):
+        names = wrapper.__tensor_flatten__()[0]
+        members = [getattr(wrapper, name) for name in sorted(names)]
+    else:
+        members = [vars(wrapper)[name] for name in sorted(vars(wrapper))]
+    return [member for member in members if isinstance(member, torch.Tensor)]
