@@ -46,7 +46,7 @@ KEPT = {
     "oddnets:clamps": ITEM,
     "namednets:joined": ITEM,
     "severalnets:optional": (6,),
-    "wrappernets:quantised": (6,),
+    "contentnets:quantised": (6,),
     "severalnets:lengths": (6,),
 }
 """Awkward models whose catalogue is kept, and the shape of their items."""
@@ -56,7 +56,7 @@ QUICKLY_KEPT = {
     "tinynets:tokens",
     "guardnets:sign",
     "severalnets:optional",
-    "wrappernets:quantised",
+    "contentnets:quantised",
 }
 """Those that every run of the tests loads."""
 

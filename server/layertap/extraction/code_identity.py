@@ -43,12 +43,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from blake3 import blake3
 from torch import fx, nn
 
-from layertap.models.wrappers import PLAIN, is_wrapper, plain_tensors
+from layertap.models.tensor_content import PLAIN, digest_of_elements, plain_tensors
 
-__all__ = ["UnknownCodeError", "code_identity", "digest_of_tensor"]
+__all__ = ["UnknownCodeError", "code_identity"]
 
 _SCALARS = (
     type(None), bool, int, float, complex, str, bytes, type(Ellipsis), range, slice,
@@ -104,14 +103,6 @@ def code_identity(module: nn.Module, *more: object) -> str:
     except RecursionError:
         raise UnknownCodeError("its objects are nested too deeply") from None
     return walk.digest()
-
-
-def digest_of_tensor(tensor: torch.Tensor) -> str:
-    """Return a digest of a dense tensor's dtype, shape and content."""
-    digest = blake3(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    digest.update(raw.numpy().data)
-    return digest.hexdigest(length=16)
 
 
 class _Walk:
@@ -185,16 +176,17 @@ class _Walk:
         self._feed(value.name)
 
     def _tensor(self, path: str, value: torch.Tensor) -> None:
-        if value.layout is not torch.strided or value.is_quantized or value.is_meta:
+        if value.is_meta:
             self._unknown(path, value)
-        self._feed(value.dtype, tuple(value.shape), value.stride(), value.requires_grad)
+        stride = value.stride() if value.layout is torch.strided else value.layout
+        self._feed(value.dtype, tuple(value.shape), stride, value.requires_grad)
         if type(value) not in PLAIN:
             self.visit(path, type(value))
             for name, member in vars(value).items():
                 self._feed(name)
                 self.visit(f"{path}.{name}", member)
-        if id(value) not in self._known and not is_wrapper(value):
-            self._feed(digest_of_tensor(value))
+        if id(value) not in self._known:
+            self._feed([digest_of_elements(plain) for plain in plain_tensors(value)])
 
     def _array(self, path: str, value: np.ndarray) -> None:
         if value.dtype.hasobject:

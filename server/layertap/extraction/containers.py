@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from layertap.extraction.attention import WEIGHTS, Attended
-from layertap.models.wrappers import is_wrapper
+from layertap.models.tensor_content import is_wrapper
 from layertap.wire.dtypes import DTYPES
 
 __all__ = ["flatten", "pick", "plain", "replaced", "unsendable"]

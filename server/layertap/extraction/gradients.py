@@ -58,7 +58,7 @@ from layertap.extraction.sweeps import Base, SentBaseline, SweepTotal, SweptPass
 from layertap.extraction.taps import Edit, Watch
 from layertap.listing import listed
 from layertap.models import Batch
-from layertap.models.wrappers import plain_tensors
+from layertap.models.tensor_content import plain_tensors
 from layertap.selection import Method, Sweep
 
 __all__ = ["BoundGradients", "GradientExtractor", "SavedBytes", "Shapes", "point_name"]

@@ -41,7 +41,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from layertap.extraction.leaves import leaves
 from layertap.listing import listed
 from layertap.models import Batch
-from layertap.models.wrappers import is_wrapper
+from layertap.models.tensor_content import is_wrapper
 
 __all__ = [
     "GuardTree",

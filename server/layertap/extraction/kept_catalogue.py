@@ -45,7 +45,7 @@ import torchvision
 from layertap.errors import ConfigError
 from layertap.extraction.catalogue import Catalogue, LayerEntry
 from layertap.extraction.chance import Generators
-from layertap.extraction.code_identity import UnknownCodeError, code_identity, digest_of_tensor
+from layertap.extraction.code_identity import UnknownCodeError, code_identity
 from layertap.extraction.containers import flatten, plain, unsendable
 from layertap.extraction.kinds.registry import KINDS
 from layertap.extraction.own_words import own_words
@@ -60,6 +60,7 @@ from layertap.extraction.symbolic import GraphNames
 from layertap.extraction.taps import observe
 from layertap.extraction.verify import compiled_tolerance, difference
 from layertap.models import BatchKey, LoadedModel
+from layertap.models.tensor_content import digest_of_elements
 from layertap.selection import Capture
 
 __all__ = ["CatalogueFile", "facts_of"]
@@ -350,7 +351,7 @@ def _own_source() -> str:
 
 def _samples(model: LoadedModel) -> str:
     batch = ordinary_batch(model, ITEMS)
-    return _digest(repr([(name, digest_of_tensor(batch[name])) for name in batch]))
+    return _digest(repr([(name, digest_of_elements(batch[name])) for name in batch]))
 
 
 def _device(device: torch.device) -> str:

@@ -110,7 +110,7 @@ def measure_with_graph(
         varying=_varying([one, *others]),
         sometimes=_not_always([one, *others]),
         names=LayerNames(model.module),
-        unsendable=_unsendable([one, *others]),
+        unsendable=_unsendable([one, *others], graph),
         threaded=one.threaded | two.threaded,
         rules=scope.rules,
     )
@@ -186,9 +186,10 @@ def _sometimes(
     }
 
 
-def _unsendable(surveys: Sequence[HookSurvey]) -> dict[CapturePoint, str]:
-    """Return, for each value that can't be sent in some survey, why."""
-    return {point: reason for survey in surveys for point, reason in survey.unsendable.items()}
+def _unsendable(surveys: Sequence[HookSurvey], graph: MeasuredGraph) -> dict[CapturePoint, str]:
+    """Return, for each value that can't be sent in some survey or in the graph, why."""
+    nodes = {CapturePoint(PointKind.NODE, name): why for name, why in graph.unsendable.items()}
+    return nodes | {point: why for survey in surveys for point, why in survey.unsendable.items()}
 
 
 def _varying(surveys: Sequence[HookSurvey]) -> set[str]:
@@ -275,7 +276,9 @@ def _survey_graph(
         for name, (dtype, shape) in one.shapes.items()
         if name in graph.names.operations
     }
-    return MeasuredGraph(graph.names, "", one.equal, specs, one.lost, one.astray, graph)
+    return MeasuredGraph(
+        graph.names, "", one.equal, specs, one.lost, one.astray, one.unsendable, graph
+    )
 
 
 def _left_out(signature: Signature) -> str:

@@ -29,6 +29,7 @@ class MeasuredGraph:
         lost: The nodes whose value changes when dead-code elimination is applied to the graph.
         astray: The path of a module whose value in the graph differs from what it returned; empty
             if there is none. Then the graph and the model compute different values.
+        unsendable: For each node whose value can't be sent, why.
         trace: The graph, ready to run; None if there is no graph.
     """
 
@@ -38,6 +39,7 @@ class MeasuredGraph:
     specs: Mapping[str, ValueSpec] = field(default_factory=dict)
     lost: Collection[str] = ()
     astray: str = ""
+    unsendable: Mapping[str, str] = field(default_factory=dict)
     trace: Trace | None = None
 
     def shapes(self, scope: PassScope, x: Batch) -> dict[CapturePoint, tuple[int, ...]]:

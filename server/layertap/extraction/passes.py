@@ -43,7 +43,7 @@ from layertap.extraction.writes import each_line
 from layertap.listing import listed
 from layertap.malloc import return_memory
 from layertap.models import Batch, LoadedModel
-from layertap.models.wrappers import is_wrapper
+from layertap.models.tensor_content import is_wrapper
 from layertap.selection import Capture
 
 __all__ = ["KeptState", "PassRules", "PassScope", "ScopedExtractor", "survey_passes"]

@@ -402,12 +402,14 @@ class FxSurvey:
         lost: The nodes whose value changes when dead-code elimination is applied to the graph.
         astray: The path of a module whose value in the graph differs from what it returned; empty
             if there is none. Then the graph and the model compute different values.
+        unsendable: For each node whose value can't be sent, why.
     """
 
     equal: dict[CapturePoint, bool] = field(default_factory=dict)
     shapes: dict[str, Shape] = field(default_factory=dict)
     lost: set[str] = field(default_factory=set)
     astray: str = ""
+    unsendable: dict[str, str] = field(default_factory=dict)
 
 
 def survey_fx(
@@ -435,17 +437,19 @@ def survey_fx(
 
     def see(index: int, value: torch.Tensor) -> None:
         node = trace.names.eval[index]
-        survey.shapes[node] = (value.dtype, tuple(value.shape))
+        survey.shapes[node] = (value.dtype, () if value.is_nested else tuple(value.shape))
+        if reason := unsendable(value):
+            survey.unsendable[node] = reason
         for point in points.get(node, ()):
             survey.equal[point] = reference[point].same(value)
             if not survey.equal[point] and node not in operations:
                 survey.astray = survey.astray or point.path
-        if trace.pruned is not None:
+        if trace.pruned is not None and not reason:
             whole[node] = kept.keep(value)
 
     def compare(index: int, value: torch.Tensor) -> None:
         node = trace.useful[index]
-        if not whole[node].same(value):
+        if node in whole and not whole[node].same(value):
             survey.lost.add(node)
 
     with turn:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from layertap.models.wrappers import is_wrapper
+from layertap.models.tensor_content import is_wrapper
 
 __all__ = ["SCALARS", "equal"]
 

@@ -53,7 +53,7 @@ from layertap.extraction.state.places import (
 from layertap.extraction.state.probes import probe_of
 from layertap.extraction.state.tensor_node import TensorNode, bytes_of, digest_of
 from layertap.extraction.state.torch_nodes import FunctionsNode, SettingsNode
-from layertap.models.wrappers import PLAIN, is_wrapper, plain_tensors
+from layertap.models.tensor_content import PLAIN, is_wrapper, plain_tensors
 
 __all__ = ["Walk"]
 

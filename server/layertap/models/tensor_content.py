@@ -1,4 +1,4 @@
-"""Tensors that hold other tensors in place of memory of their own.
+"""Where the content of a tensor is: in its own memory, or in other tensors that it holds.
 
 Note [Wrapper subclasses]
     The quantised weights of torchao, a ``DTensor`` and a ``MaskedTensor`` are subclasses of Tensor
@@ -17,8 +17,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from blake3 import blake3
 
-__all__ = ["PLAIN", "has_python_operations", "is_wrapper", "plain_tensors"]
+__all__ = ["PLAIN", "digest_of_elements", "has_python_operations", "is_wrapper", "plain_tensors"]
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 """The classes of tensors without attributes or operations of their own."""
@@ -48,8 +49,18 @@ def is_wrapper(tensor: torch.Tensor) -> bool:
 
 
 def plain_tensors(tensor: torch.Tensor, levels: int = MAX_LEVELS) -> Iterator[torch.Tensor]:
-    """Yield the tensors whose memory holds a tensor's content: itself, or what it wraps."""
-    if not is_wrapper(tensor):
+    """Yield the dense tensors that hold a tensor's content.
+
+    For a wrapper these are the tensors in it, for a sparse tensor its indices and values, and for
+    others the tensor itself.
+    """
+    if tensor.layout is torch.sparse_coo:
+        yield from (tensor._indices(), tensor._values())
+    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        yield from (tensor.crow_indices(), tensor.col_indices(), tensor.values())
+    elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        yield from (tensor.ccol_indices(), tensor.row_indices(), tensor.values())
+    elif not is_wrapper(tensor):
         yield tensor
     elif levels:
         for member in _wrapped(tensor):
@@ -64,3 +75,18 @@ def _wrapped(wrapper: Any) -> list[torch.Tensor]:
     else:
         members = [vars(wrapper)[name] for name in sorted(vars(wrapper))]
     return [member for member in members if isinstance(member, torch.Tensor)]
+
+
+def digest_of_elements(tensor: torch.Tensor) -> str:
+    """Return a BLAKE3 digest of a dense tensor's dtype, shape and elements, wherever they are.
+
+    BLAKE3 takes about 0.03 s for each 100 MB on one core; hashlib's BLAKE2 takes 0.2 s.
+    """
+    digest = blake3(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    if tensor.is_quantized:
+        digest.update(repr(tensor).encode())  # It names the scale; its elements follow.
+        tensor = tensor.int_repr()
+    # Complex conjugates and negatives may be views of the numbers before.
+    elements = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    digest.update(elements.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest(length=16)

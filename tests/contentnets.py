@@ -1,7 +1,8 @@
-"""Tiny networks with tensors that hold other tensors, as torchao's quantised weights do."""
+"""Tiny networks with tensors that are not dense, or hold other tensors as torchao's weights do."""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -114,6 +115,55 @@ class QuantisesActivations(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.relu(self.last(self.rounds(self.first(x))))
+
+
+class Graph(nn.Module):
+    """A graph convolution, whose neighbours are a sparse tensor, with a statistic nobody uses."""
+
+    def __init__(self, layout: torch.layout) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 5)
+        neighbours = torch.rand(5, 5)
+        neighbours[neighbours < 0.6] = 0
+        with warnings.catch_warnings():  # torch's support of compressed rows "is in beta state".
+            warnings.simplefilter("ignore")
+            sparse = neighbours.to_sparse(layout=layout)
+        self.neighbours = nn.Parameter(sparse, requires_grad=False)
+        self.last = nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x.mean()
+        return self.last((self.neighbours @ self.first(x).T).T)
+
+
+class Spectral(nn.Module):
+    """A Fourier layer with complex weights, and a buffer that is a conjugate view of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.modes = nn.Parameter(torch.rand(4, 4, dtype=torch.cfloat))
+        self.register_buffer("phases", torch.rand(6, dtype=torch.cfloat).conj())
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mixed = torch.fft.irfft(torch.fft.rfft(self.first(x)) @ self.modes, n=6)
+        return self.last(mixed + self.phases.imag)
+
+
+def graph() -> nn.Module:
+    """Return a seeded Graph with coordinates."""
+    return seeded(lambda: Graph(torch.sparse_coo))
+
+
+def compressed() -> nn.Module:
+    """Return a seeded Graph with compressed rows."""
+    return seeded(lambda: Graph(torch.sparse_csr))
+
+
+def spectral() -> nn.Module:
+    """Return a seeded Spectral."""
+    return seeded(Spectral)
 
 
 def quantised() -> nn.Module:
