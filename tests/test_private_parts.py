@@ -37,6 +37,7 @@ ATTRIBUTES = {
     *("_version", "_cdata", "_metadata"),  # tensors, storages and state dicts
     "_saved_input",  # the nodes of autograd's graph
     *("_forward_hooks", "_forward_pre_hooks", "_modules"),  # torch.nn.Module
+    "_orig_mod",  # what torch.compile makes of a module; watched by models/test_eager.py
     "_bit_generator",  # numpy.random.RandomState
     "_from_config",  # transformers.PreTrainedModel
 }

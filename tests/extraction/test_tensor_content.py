@@ -108,7 +108,7 @@ def test_writes_to_what_a_wrapper_holds_are_undone(net) -> None:
     ("net", "write"),
     [
         ("quantised", lambda net: net.middle.weight.data_[0, 0].add_(1)),
-        ("graph", lambda net: net.neighbours._values()[0].add_(1)),
+        ("graph", lambda net: net.neighbours.values()[0].add_(1)),
         ("compressed", lambda net: net.neighbours.col_indices()[0].add_(1)),
         ("spectral", lambda net: net.phases.conj_physical_()),
     ],

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Container, Iterator
 from dataclasses import replace
 
-from torch import nn
+from torch import fx, nn
 
 from layertap.extraction.attention import FUSED, TOO_LARGE, WEIGHTS, returns_weights
 from layertap.extraction.catalogue import LayerEntry, Support
@@ -201,6 +201,12 @@ _CLOSED = (
 )
 
 
+_GRAPH = (
+    "the model is a graph that does not call this module; if torch.export made it, "
+    "torch.export.unflatten makes a model of the same program that calls its modules"
+)
+
+
 def _silent_entries(findings: Measurement) -> Iterator[LayerEntry]:
     ran = {path for path, _ in findings.order}
     closed = _closed_programs(findings.model.module, ran)
@@ -210,6 +216,8 @@ def _silent_entries(findings: Measurement) -> Iterator[LayerEntry]:
             "the module never runs in a forward pass on sample input; as the model branches on "
             "tensor values, it may run for other input"
         )
+    if isinstance(findings.model.module, fx.GraphModule):
+        reason = _GRAPH
     for path, module in findings.model.module.named_modules():
         if not path or path in ran:
             continue

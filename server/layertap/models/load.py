@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -14,6 +15,7 @@ from layertap.listing import listed
 from layertap.models.arguments import Arguments, ParameterKind, parameters_of
 from layertap.models.checkpoint_files import config_folder
 from layertap.models.companions import companions
+from layertap.models.eager import without_torch_compile
 from layertap.models.factory_source import build_factory
 from layertap.models.hf_source import build_hugging_face
 from layertap.models.image_config import ImageConfig, config_of_folder
@@ -65,7 +67,7 @@ def _load(spec: ModelSpec, device: torch.device | str) -> LoadedModel:
     config = _beside_weights(spec.weights)
     if config is not None and config.shape is not None and spec.item_shape is None:
         spec = replace(spec, item_shape=config.shape)
-    built = _with_images(_BUILD[spec.kind](spec), spec, config)
+    built = _with_images(_eager(_BUILD[spec.kind](spec), spec.name), spec, config)
     module = built.module
     arguments = Arguments(tuple(parameters_of(module)), built.adapter)
     signature = _signature(built, spec, arguments)
@@ -100,13 +102,26 @@ def _load(spec: ModelSpec, device: torch.device | str) -> LoadedModel:
     )
 
 
+def _eager(built: Built, name: str) -> Built:
+    """Return what was built without torch.compile; see Note [Without torch.compile]."""
+    module, compiled = without_torch_compile(built.module)
+    if compiled:
+        paths = listed((path or "the model itself" for path in compiled), MAX_LISTED_MODULES)
+        _log.warning(
+            "model %s: layertap runs %s without torch.compile, and compiles plans of its own",
+            name, paths,
+        )  # fmt: skip
+    return replace(built, module=module)
+
+
 def _into_evaluation_mode(module: nn.Module, name: str) -> None:
     """Put every submodule into evaluation mode, even if the model's own ``train`` skips some.
 
     Otherwise a dropout layer would make answers random, and a batch norm would make them depend on
-    the other items of the batch.
+    the other items of the batch. What torch.export made has one mode, and its ``eval()`` raises.
     """
-    module.eval()
+    with suppress(NotImplementedError):
+        module.eval()
     left = [
         (path or "the model itself", part)
         for path, part in module.named_modules()

@@ -55,7 +55,8 @@ def plain_tensors(tensor: torch.Tensor, levels: int = MAX_LEVELS) -> Iterator[to
     others the tensor itself.
     """
     if tensor.layout is torch.sparse_coo:
-        yield from (tensor._indices(), tensor._values())
+        tensor = tensor.coalesce()
+        yield from (tensor.indices(), tensor.values())
     elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
         yield from (tensor.crow_indices(), tensor.col_indices(), tensor.values())
     elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
