@@ -23,7 +23,7 @@ from layertap.extraction.code_identity import code_identity
 from layertap.extraction.plan_cache import fingerprint
 from layertap.extraction.state import Snapshot
 from layertap.extraction.state.equality import equal
-from layertap.models import LoadedModel, ModelSpec, load_model
+from layertap.models import LoadedModel, ModelSpec, hf_source, load_model
 from layertap.models.tensor_content import is_wrapper, plain_tensors
 from layertap.selection import Capture, Extractor
 from oracle import outputs_of
@@ -159,6 +159,18 @@ def test_wrappers_are_equal_if_what_they_hold_is() -> None:
     weight = torch.rand(3, 2)
     assert equal(Int8.of(weight), Int8.of(weight))
     assert not equal(Int8.of(weight), Int8.of(weight * 2))
+
+
+def test_weights_are_copied_out_of_their_files() -> None:
+    """The memory of a Hugging Face model is its own, also that of what its weights hold."""
+    net = contentnets.quantised()
+    mapped = [each for tensor in net.parameters() for each in plain_tensors(tensor)]
+    places = [each.data_ptr() for each in mapped]
+    right = net.middle(torch.ones(1, 5))
+    hf_source._own_memory(net)
+    owned = [each.data_ptr() for tensor in net.parameters() for each in plain_tensors(tensor)]
+    assert not set(places) & set(owned)
+    assert torch.equal(net.middle(torch.ones(1, 5)), right)
 
 
 def test_gradients_go_through_such_weights() -> None:

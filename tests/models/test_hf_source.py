@@ -232,6 +232,13 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
         loaded(folder)
 
 
+def test_an_adapter_is_not_a_model(tmp_path: Path) -> None:
+    """The error says what the folder holds, and two ways to serve it."""
+    (tmp_path / "adapter_config.json").write_text("{}", "utf-8")
+    with pytest.raises(ModelLoadError, match="adapter of PEFT.*a factory that builds both.*merge"):
+        load_model(ModelSpec(f"hf:{tmp_path}"))
+
+
 def test_loaded_weights_are_no_longer_the_file(tmp_path: Path) -> None:
     """What is written over the file later does not reach the model."""
     folder = hfnets.bert(tmp_path / "bert")

@@ -43,12 +43,13 @@ def main() -> int:
     parser.add_argument("names", nargs="*", help="models; all of the group if none")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="models at once")
     parser.add_argument("--limit", type=float, default=600, help="seconds for one model")
+    parser.add_argument("--device", default="cpu", help="what the models run on")
     parser.add_argument("--write", type=Path, help="the JSON file to write")
     options = parser.parse_args()
     subjects = subjects_in(importlib.import_module(f"packages.{options.group}"))
     chosen = [s for s in subjects if not options.names or s.name in options.names]
     found: list[Row] = []
-    for row in rows(chosen, GRID, options.jobs, options.limit):
+    for row in rows(chosen, GRID, options.jobs, options.limit, options.device):
         found.append(row)
         say(row)
         if options.write:

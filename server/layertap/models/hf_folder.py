@@ -19,6 +19,12 @@ __all__ = [
 
 CONFIG = "config.json"
 
+_ADAPTER = "adapter_config.json"
+_ADAPTER_ADVICE = (
+    ". That is an adapter of PEFT, which changes another model: give a factory that builds both, "
+    "as docs/huggingface.md shows, or save the model that merge_and_unload() returns"
+)
+
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
 _CODE = "*.py"
 _WANTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
@@ -62,9 +68,10 @@ def folder_of(target: str, *, code: bool) -> Path:
         folder = _snapshot(target, code=code)
     if not (folder / CONFIG).is_file() and not (folder / "modules.json").is_file():
         names = sorted(entry.name for entry in folder.iterdir())[:8]
+        adapter = _ADAPTER_ADVICE if _ADAPTER in names else ""
         raise ModelLoadError(
             f"Hugging Face model {target!r}: the folder has no {CONFIG}; it holds "
-            f"{', '.join(names) or 'no file'}"
+            f"{', '.join(names) or 'no file'}{adapter}"
         )
     return folder
 

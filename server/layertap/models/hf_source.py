@@ -47,6 +47,7 @@ from layertap.models.sentence_encoder import (
     parts_of,
     transformer_folder,
 )
+from layertap.models.tensor_content import plain_tensors
 from layertap.models.text import IDS
 from layertap.models.weights import DEFAULT, RANDOM, load_checkpoint, random_text, read_checkpoint
 from layertap.settings import ModelSpec, SourceKind
@@ -287,8 +288,9 @@ def _own_memory(module: nn.Module) -> None:
     """
     # Nothing tells whether a tensor is mapped, so each is copied.
     for tensor in chain(module.parameters(), module.buffers()):
-        # Not a new parameter, which would untie tied weights.
-        tensor.data = tensor.detach().clone()
+        for plain in plain_tensors(tensor):
+            # Not a new parameter, which would untie tied weights.
+            plain.data = plain.detach().clone()
 
 
 def _some(names: Iterable[str]) -> str:
