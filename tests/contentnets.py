@@ -67,6 +67,19 @@ def _plain(tensor: Int8) -> torch.Tensor:
     return tensor.data_ * tensor.scale
 
 
+class Opaque(Int8):
+    """Keeps its tensors where nobody finds them."""
+
+    def __init__(self, data: torch.Tensor, scale: torch.Tensor) -> None:
+        self.hidden = [data, scale]
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return [], None
+
+    def __getattr__(self, name: str) -> torch.Tensor:
+        return self.hidden[["data_", "scale"].index(name)]
+
+
 class Quantised(nn.Module):
     """Its middle layer has a quantised weight."""
 
@@ -169,6 +182,14 @@ def spectral() -> nn.Module:
 def quantised() -> nn.Module:
     """Return a seeded Quantised."""
     return seeded(Quantised)
+
+
+def opaque() -> nn.Module:
+    """Return a seeded Quantised whose weight is Opaque."""
+    net = quantised()
+    weight = net.middle.weight
+    net.middle.weight = nn.Parameter(Opaque(weight.data_, weight.scale), requires_grad=False)
+    return net
 
 
 def rescales() -> nn.Module:

@@ -122,6 +122,12 @@ def test_the_fingerprint_follows_the_content(net, write) -> None:
     assert code_identity(one.module) == code_identity(same.module)
 
 
+def test_a_weight_that_hides_its_content_is_like_no_other() -> None:
+    """Rather measured again than taken for another one; it is served all the same."""
+    assert fingerprint(loaded("opaque")) != fingerprint(loaded("opaque"))
+    assert measure(loaded("opaque")).entry("last").serves(Extractor.HOOK, OUTPUT)
+
+
 @pytest.mark.parametrize(
     ("net", "node", "reason"),
     [
@@ -164,7 +170,8 @@ def test_wrappers_are_equal_if_what_they_hold_is() -> None:
 def test_weights_are_copied_out_of_their_files() -> None:
     """The memory of a Hugging Face model is its own, also that of what its weights hold."""
     net = contentnets.quantised()
-    mapped = [each for tensor in net.parameters() for each in plain_tensors(tensor)]
+    # Other tensors of the same memory, so that it is not used again.
+    mapped = [each.detach() for tensor in net.parameters() for each in plain_tensors(tensor)]
     places = [each.data_ptr() for each in mapped]
     right = net.middle(torch.ones(1, 5))
     hf_source._own_memory(net)

@@ -356,11 +356,14 @@ def fingerprint(model: LoadedModel) -> str:
     for fact in (FORMAT, torch.__version__, torchvision.__version__, model.device.type):
         digest.update(f"{fact}\n".encode())
     digest.update(repr(model.module).encode())
-    named = [
-        (name if plain is tensor else f"{name}, in a {_kind(tensor)}", plain)
-        for name, tensor in (*model.module.named_parameters(), *model.module.named_buffers())
-        for plain in plain_tensors(tensor)
-    ]
+    named: list[tuple[str, torch.Tensor]] = []
+    for name, tensor in (*model.module.named_parameters(), *model.module.named_buffers()):
+        plain = list(plain_tensors(tensor))
+        if not plain:  # Nobody can tell what it holds, so it is like no other.
+            digest.update(os.urandom(16))
+        named += [
+            (name if each is tensor else f"{name}, in a {_kind(tensor)}", each) for each in plain
+        ]
     contents = _digests([tensor for _, tensor in named])
     for (name, tensor), content in zip(named, contents, strict=True):
         facts = (name, tensor.dtype, tuple(tensor.shape), tensor.stride(), content)
