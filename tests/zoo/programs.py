@@ -104,12 +104,15 @@ class GraphChild(nn.Module):
         return self.last(self.inner(self.first(x)))
 
 
-@specimen("A child is compiled by torch.compile, without code generation")
+@specimen("A child is compiled by torch.compile, without code generation",
+          twin=lambda: CompiledChild(compiled=False))  # fmt: skip
 class CompiledChild(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, *, compiled: bool = True) -> None:
         super().__init__()
         self.first = nn.Conv2d(3, 4, 3, padding=1)
-        self.inner = torch.compile(nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU()), backend="eager")
+        self.inner = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU())
+        if compiled:
+            self.inner = torch.compile(self.inner, backend="eager")
         self.last = nn.Conv2d(4, 2, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -133,7 +133,9 @@ def _named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def _members(value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, Mapping):
-        yield from ((str(key), member) for key, member in value.items())
+        texts = [str(key) for key in value]
+        for key, member in value.items():
+            yield (repr(key) if texts.count(str(key)) > 1 else str(key)), member
     elif isinstance(value, tuple) and hasattr(value, "_fields"):
         yield from zip(value._fields, value, strict=True)
     elif isinstance(value, list | tuple):
