@@ -1,9 +1,10 @@
-"""Models that other packages change after they were built: torchao's weights, PEFT's adapters."""
+"""Models that other packages change: quantised weights, and PEFT's adapters."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import bitsandbytes as bnb
 from peft import IA3Config, LoraConfig, get_peft_model
 from torch import nn
 from torchao.quantization import (
@@ -15,11 +16,12 @@ from torchao.quantization import (
 from transformers import AutoModel, BertConfig, LlamaConfig
 
 from packages.huggingface import IDS, MASK, TEXT
-from packages.subject import subject, texts
+from packages.subject import images, subject, texts
 
 INPUTS = {"input_ids": IDS, "attention_mask": MASK}
 
 quantised = subject(None, texts(99), package="torchao", inputs=INPUTS)
+vectors = subject((16,), images(16), package="bitsandbytes")
 adapted = subject(None, texts(99), package="peft", inputs=INPUTS)
 
 
@@ -31,6 +33,11 @@ def _quantised(config: Any) -> nn.Module:
     net = _bert().eval()
     quantize_(net, config)
     return net
+
+
+def _around(layer: nn.Module) -> nn.Module:
+    net = nn.Sequential(nn.Linear(16, 64), nn.GELU(), layer, nn.ReLU(), nn.Linear(64, 5))
+    return net.to("cpu")  # Which quantises the weights.
 
 
 @quantised
@@ -46,6 +53,16 @@ def int8_activations() -> nn.Module:
 @quantised
 def small_integers() -> nn.Module:
     return _quantised(IntxWeightOnlyConfig())
+
+
+@vectors
+def four_bits() -> nn.Module:
+    return _around(bnb.nn.Linear4bit(64, 64))
+
+
+@vectors
+def eight_bits() -> nn.Module:
+    return _around(bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False))
 
 
 @adapted

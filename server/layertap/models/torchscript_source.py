@@ -58,6 +58,8 @@ def _load(path: Path) -> Any:
             return torch.jit.load(path, map_location="cpu")
     except (OSError, RuntimeError, ValueError) as error:
         raise ModelLoadError(
-            f"TorchScript file {path}: torch can't load it as one. If it is a state dict, name a "
-            "builder or a factory as the model and this file as its --weights"
+            f"TorchScript file {path}: torch can't load it as one. For a state dict, name a "
+            f"builder or a factory as the model and this file as its --weights. A whole model of "
+            f"torch.save or a program of torch.export is loaded by a factory of yours, such as "
+            f"torch.export.unflatten(torch.export.load(FILE))"
         ) from error
