@@ -111,6 +111,15 @@ def test_tree(address: str) -> None:
     assert any("ReLU×2" in line for line in lines)
 
 
+def test_a_dot_inside_brackets_is_no_branch(engine: Engine) -> None:
+    """A member whose key has a dot is one leaf, below nothing but its module."""
+    engine.load(ModelSpec("namednets:look_alike", item_shape=ITEM))
+    lines = drawn(_tree(describe(engine.host("look_alike")).layers), 200)
+    engine.unload("look_alike")
+    assert any(line.strip().startswith("pack[a.b] ") for line in lines)
+    assert any(line.strip().startswith(("├─ b ", "└─ b ", "│  └─ b ")) for line in lines)
+
+
 def test_only_types_give_way_to_a_narrow_terminal(engine: Engine) -> None:
     """On a narrow terminal types are cut short; lines and shapes stay complete."""
     tree = _tree(describe(engine.host("residual")).layers)

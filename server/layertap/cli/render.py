@@ -6,6 +6,7 @@ rich omits colours if the stream is not a terminal or NO_COLOR is set.
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -298,6 +299,10 @@ def _letters(layer: LayerDescription, side: Capture) -> str:
     return "".join(letter if e in able else "-" for e, letter in LETTERS.items())
 
 
+_DOTS = re.compile(r"\.(?![^\[]*\])")
+"""The dots in a name that are not inside brackets, as that of ``pack[a.b]`` is."""
+
+
 class _Branch:
     """A component of a dotted name, and the components below it."""
 
@@ -313,7 +318,7 @@ def _branches(
     root = _Branch()
     for layer in layers:
         branch = root
-        for part in layer.name.split("."):
+        for part in _DOTS.split(layer.name):
             branch = branch.below.setdefault(part, _Branch())
         branch.layer = layer
     yield from _drawn(root, "", top=True)
