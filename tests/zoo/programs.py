@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - the name that torch's own documentation uses
 
+from contentnets import Int8
 from zoo.remembering import Pair
 from zoo.specimen import finite, specimen
 
@@ -117,6 +118,43 @@ class CompiledChild(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.last(self.inner(self.first(x)))
+
+
+def _compiled_convolutions() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True))
+
+
+@specimen("torch.compile was applied to the whole model, without code generation",
+          twin=_compiled_convolutions)  # fmt: skip
+def compiled_model() -> nn.Module:
+    return torch.compile(_compiled_convolutions(), backend="eager")
+
+
+@specimen("A weight holds other tensors in place of memory of its own, as torchao's do")
+class WrappedWeight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 8)
+        self.middle = nn.Linear(4, 5)
+        self.middle.weight = nn.Parameter(Int8.of(self.middle.weight), requires_grad=False)
+        self.last = nn.Linear(5, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.middle(self.first(x).flatten(1).relu()))
+
+
+@specimen("The neighbours of a graph's nodes are a sparse parameter")
+class SparseWeight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 6, 8)
+        neighbours = torch.rand(6, 6)
+        neighbours[neighbours < 0.5] = 0
+        self.neighbours = nn.Parameter(neighbours.to_sparse(), requires_grad=False)
+        self.last = nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last((self.neighbours @ self.first(x).flatten(1).T).T)
 
 
 @specimen("Linear layers are quantised dynamically, by the range of the whole batch",

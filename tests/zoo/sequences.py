@@ -27,6 +27,18 @@ class LstmBatchSecond(nn.Module):
         return self.head(y[-1]) + hidden.mean()
 
 
+@specimen("A Sequential ends in an LSTM, so that what both return has the same keys")
+class EndsInLstm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.Sequential(nn.Linear(8, 4), nn.LSTM(4, 5, batch_first=True))
+        self.head = nn.Linear(5, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y, (hidden, cell) = self.rnn(x.mean(1))
+        return self.head(y + hidden.transpose(0, 1) * cell.transpose(0, 1))
+
+
 @specimen("Packed sequences go between layers, sorted by length", item=(6,), requests=TOKENS)
 class Packed(nn.Module):
     def __init__(self) -> None:
