@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -78,6 +79,18 @@ class Opaque(Int8):
 
     def __getattr__(self, name: str) -> torch.Tensor:
         return self.hidden[["data_", "scale"].index(name)]
+
+
+class CopiesLayer(nn.Module):
+    """Copies a layer, with its parameters, while it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 5)
+        self.last = nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return copy.deepcopy(self.last)(self.first(x)) + self.last(self.first(x))
 
 
 class Quantised(nn.Module):
@@ -182,6 +195,11 @@ def spectral() -> nn.Module:
 def quantised() -> nn.Module:
     """Return a seeded Quantised."""
     return seeded(Quantised)
+
+
+def copies_layer() -> nn.Module:
+    """Return a seeded CopiesLayer."""
+    return seeded(CopiesLayer)
 
 
 def opaque() -> nn.Module:

@@ -92,6 +92,11 @@ def test_layers_behind_such_an_activation_are_not_compiled() -> None:
     assert "computes with Int8, a class of tensors" in last.refusal(Extractor.TORCHSCRIPT)
 
 
+def test_parameters_are_no_such_class() -> None:
+    """torch names Parameter among the classes of an operation where one is copied."""
+    assert measure(loaded("copies_layer")).entry("last").serves(Extractor.TORCHSCRIPT, OUTPUT)
+
+
 @pytest.mark.parametrize("net", ["rescales", "requantises"])
 def test_writes_to_what_a_wrapper_holds_are_undone(net) -> None:
     """They are seen in the tensors that it holds and in its attributes."""

@@ -48,6 +48,7 @@ from layertap.extraction.leaves import leaves
 from layertap.extraction.steps import discrete_results, is_new, keeps_exact
 from layertap.listing import listed
 from layertap.models.compiler_import import import_compiler
+from layertap.models.tensor_content import computes_in_python
 
 __all__ = ["Looks", "unwatched", "watch_looks"]
 
@@ -256,9 +257,12 @@ class _Operations(TorchDispatchMode):
         kwargs = kwargs or {}
         if _eyes.closed:
             return func(*args, **kwargs)
-        if types:
-            names = listed(dict.fromkeys(each.__name__ for each in types))
-            self._looks.python.append(f"computes with {names}, a class of tensors in Python")
+        # Among them may be classes without operations of their own, such as Parameter in a copy.
+        names = dict.fromkeys(kind.__name__ for kind in types if computes_in_python(kind))
+        if names:
+            self._looks.python.append(
+                f"computes with {listed(names)}, a class of tensors in Python"
+            )
         given = list(_memory((args, kwargs)))
         follows = self._looks.any_marked(given) and not is_new(func)
         call = self._tape.before(func, args, kwargs) if self._tape else None

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from blake3 import blake3
 
-__all__ = ["PLAIN", "digest_of_elements", "is_wrapper", "plain_tensors"]
+__all__ = ["PLAIN", "computes_in_python", "digest_of_elements", "is_wrapper", "plain_tensors"]
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 """The classes of tensors without attributes or operations of their own."""
@@ -28,10 +28,14 @@ MAX_LEVELS = 8
 """Levels of wrappers inside wrappers that are followed."""
 
 
+def computes_in_python(kind: type[torch.Tensor]) -> bool:
+    """Return whether a class defines in Python what operations do with its tensors."""
+    return kind not in PLAIN and kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+
+
 def is_wrapper(tensor: torch.Tensor) -> bool:
     """Return whether a tensor has no memory of its own; see Note [Wrapper subclasses]."""
-    kind = type(tensor)
-    if kind in PLAIN or kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__:
+    if not computes_in_python(type(tensor)):
         return False
     if hasattr(tensor, "__tensor_flatten__"):
         return True
