@@ -102,6 +102,16 @@ def in_process(items: str, output: str, begun) -> None:
         Case(model, items, Path()).run(Path(output))
 
 
+def test_what_a_crash_left_half_written_is_removed(case: Case) -> None:
+    """Our own temporary files and those that safetensors makes; the shards stay."""
+    folder = case.folder / "out.safetensors"
+    folder.mkdir()
+    for name in ("part-00000.safetensors.tmp", ".tmpcUfogl", "part-00001.safetensors"):
+        (folder / name).touch()
+    Workplace(folder, sharded=True).begin_shards()
+    assert [path.name for path in folder.iterdir()] == ["part-00001.safetensors"]
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_killed_runs_continue(case: Case, suffix: str) -> None:

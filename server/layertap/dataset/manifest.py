@@ -140,9 +140,12 @@ class Workplace:
         remove(self.output)
 
     def begin_shards(self) -> None:
-        """Make the folder of shards, and remove what a crash left half-written there."""
+        """Make the folder of shards, and remove what a crash left half-written there.
+
+        Our own names end in ``.tmp``; safetensors writes to one such as ``.tmpcUfogl`` beside it.
+        """
         self.shards.mkdir(exist_ok=True)
-        for left in self.shards.glob(f"*{TEMPORARY}"):
+        for left in (*self.shards.glob(f"*{TEMPORARY}"), *self.shards.glob(f"{TEMPORARY}*")):
             remove(left)
 
     def whole(self, records: Mapping[int, ShardRecord]) -> dict[int, ShardRecord]:
