@@ -46,6 +46,15 @@ class ByDecorator(Plain):
         return self.head(self.body(x))
 
 
+class ByTwoDecorators(Plain):
+    """Its compiled forward has autocast around it."""
+
+    @torch.autocast("cpu", torch.bfloat16)
+    @compiled
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x))
+
+
 class Disabled(Plain):
     """Its class keeps torch.compile out of forward, which says nothing about layertap."""
 
@@ -95,6 +104,18 @@ def by_forward() -> nn.Module:
 def by_decorator() -> nn.Module:
     """Return a seeded ByDecorator."""
     return seeded(ByDecorator)
+
+
+def by_two_decorators() -> nn.Module:
+    """Return a seeded ByTwoDecorators."""
+    return seeded(ByTwoDecorators)
+
+
+def hooked() -> nn.Module:
+    """Return the network, compiled, with a hook on what torch.compile returned."""
+    net = compiled(plain())
+    net.register_forward_hook(lambda module, args, output: output + 1)
+    return net
 
 
 def disabled() -> nn.Module:

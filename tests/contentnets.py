@@ -177,6 +177,35 @@ class Spectral(nn.Module):
         return self.last(mixed + self.phases.imag)
 
 
+class Packed(nn.Module):
+    """Has a quantised buffer with a scale for each of many channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 5)
+        self.scales = torch.full((2000,), 0.5)
+        self.last = nn.Linear(5, 3)
+        self.pack()
+
+    def pack(self) -> None:
+        """Quantise a table with the scales."""
+        zeros = torch.zeros(2000, dtype=torch.int64)
+        with warnings.catch_warnings():  # torch calls them deprecated.
+            warnings.simplefilter("ignore")
+            table = torch.quantize_per_channel(
+                self.scales[:, None].expand(-1, 5), self.scales, zeros, 0, torch.qint8
+            )
+        self.register_buffer("table", table)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.first(x) + self.table[0].dequantize())
+
+
+def packed() -> nn.Module:
+    """Return a seeded Packed."""
+    return seeded(Packed)
+
+
 def graph() -> nn.Module:
     """Return a seeded Graph with coordinates."""
     return seeded(lambda: Graph(torch.sparse_coo))

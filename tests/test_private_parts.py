@@ -37,7 +37,8 @@ ATTRIBUTES = {
     *("_version", "_cdata", "_metadata"),  # tensors, storages and state dicts
     "_saved_input",  # the nodes of autograd's graph
     *("_forward_hooks", "_forward_pre_hooks", "_modules"),  # torch.nn.Module
-    "_orig_mod",  # what torch.compile makes of a module; watched by models/test_eager.py
+    # What torch.compile makes of modules and functions; watched by models/test_eager.py.
+    *("_orig_mod", "_torchdynamo_orig_callable"),
     "_bit_generator",  # numpy.random.RandomState
     "_from_config",  # transformers.PreTrainedModel
 }

@@ -116,6 +116,7 @@ def test_writes_to_what_a_wrapper_holds_are_undone(net) -> None:
         ("graph", lambda net: net.neighbours.values()[0].add_(1)),
         ("compressed", lambda net: net.neighbours.col_indices()[0].add_(1)),
         ("spectral", lambda net: net.phases.conj_physical_()),
+        ("packed", lambda net: (net.scales[1000].mul_(2), net.pack())),
     ],
 )
 def test_the_fingerprint_follows_the_content(net, write) -> None:

@@ -11,6 +11,7 @@ import compilednets
 from compilednets import ITEM
 from layertap import load
 from layertap.models import ModelSpec, load_model
+from layertap.models.eager import without_torch_compile
 
 WAYS = {
     "whole": "the model itself",
@@ -49,6 +50,17 @@ def test_others_stay_as_they_are(net, caplog) -> None:
     module = load_model(ModelSpec(f"compilednets:{net}", item_shape=ITEM)).module
     assert "forward" not in vars(module)
     assert "torch.compile" not in caplog.text
+
+
+@pytest.mark.parametrize("net", ["by_two_decorators", "hooked"])
+def test_what_is_around_torch_compile_stays(net) -> None:
+    """Autocast around a compiled forward, and a hook on the compiled model, count as before."""
+    x = torch.rand(2, *ITEM)
+    made, right = getattr(compilednets, net)(), getattr(compilednets, net)()(x)
+    got = without_torch_compile(made)[0](x)
+    assert got.dtype == right.dtype
+    assert torch.equal(got, right)
+    assert not torch.equal(got.float(), compilednets.plain()(x))
 
 
 def test_what_was_exported_is_loaded(tmp_path) -> None:

@@ -94,8 +94,10 @@ def code_identity(module: nn.Module, *more: object) -> str:
     Raises:
         UnknownCodeError: If there can't be one.
     """
-    own = (*module.parameters(), *module.buffers())
-    walk = _Walk({id(t) for each in own for t in (each, *plain_tensors(each))})
+    # The list keeps them alive, as an id is unique only while its object lives.
+    held = [*module.parameters(), *module.buffers()]
+    held += [plain for each in held for plain in plain_tensors(each)]
+    walk = _Walk({id(tensor) for tensor in held})
     try:
         walk.visit("the model", module)
         for each in more:

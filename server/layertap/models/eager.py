@@ -5,7 +5,9 @@ Note [Without torch.compile]
     compiled into it, and what it computes differs in the last digits. So layertap serves what the
     modules themselves return, and compiles them in its own ways, with a proof.
 
-    A compiled function that a model calls stays compiled: no layer is inside it.
+    A compiled function that a model calls stays compiled: no layer is inside it. So does whatever
+    has more around it than torch.compile, such as autocast around a compiled ``forward``, or a hook
+    on what torch.compile returned: without that, the model would compute something else.
 """
 
 from __future__ import annotations
@@ -43,7 +45,12 @@ def _is_compiled(module: nn.Module) -> bool:
     # Its class can't be imported without the compiler, which takes a second. If that was not
     # imported yet, nothing is compiled.
     frames = sys.modules.get("torch._dynamo.eval_frame")
-    return frames is not None and isinstance(module, frames.OptimizedModule)
+    return (
+        frames is not None
+        and isinstance(module, frames.OptimizedModule)
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+    )
 
 
 def _inside(module: nn.Module) -> nn.Module:
@@ -58,8 +65,9 @@ def _turn_off(module: nn.Module) -> bool:
     if found:
         vars(module)["_compiled_call_impl"] = None
     forward = getattr(module, "forward", None)
-    plain = _plain(forward)
-    if plain is forward:
+    function = forward.__func__ if isinstance(forward, types.MethodType) else forward
+    plain = _plain(function)
+    if plain is function:
         return found
     # A method that was compiled on the instance is bound already; one of the class is a function.
     bound = plain if isinstance(plain, types.MethodType) else types.MethodType(plain, module)
@@ -69,8 +77,9 @@ def _turn_off(module: nn.Module) -> bool:
 
 def _plain(function: Any) -> Any:
     """Return the function that torch.compile was given, or the function itself."""
-    while True:
-        given = getattr(function, "_torchdynamo_orig_callable", None)
-        if given is None or getattr(function, "_torchdynamo_disable", False):
-            return function
-        function = given
+    # A decorator around a compiled function copies its attributes; the id tells them apart.
+    while getattr(function, "_torchdynamo_wrapper_id", None) == id(function) and not getattr(
+        function, "_torchdynamo_disable", False
+    ):
+        function = function._torchdynamo_orig_callable
+    return function

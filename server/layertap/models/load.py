@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from layertap.errors import ConfigError, ModelLoadError
 from layertap.listing import listed
@@ -120,7 +120,7 @@ def _into_evaluation_mode(module: nn.Module, name: str) -> None:
     Otherwise a dropout layer would make answers random, and a batch norm would make them depend on
     the other items of the batch. What torch.export made has one mode, and its ``eval()`` raises.
     """
-    with suppress(NotImplementedError):
+    with suppress(NotImplementedError) if isinstance(module, fx.GraphModule) else nullcontext():
         module.eval()
     left = [
         (path or "the model itself", part)
